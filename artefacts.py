@@ -1,0 +1,1897 @@
+#!/usr/bin/env python3
+"""Artefacts: a repository for build outputs, over plain HTTP, in plain files.
+
+    python artefacts.py                               serves data/ at http://127.0.0.1:8080/
+    curl -T app.zip http://127.0.0.1:8080/artefacts/nightly/
+    create_app("data")                                the same, as a WSGI application
+
+URLs (`/artefact/` serves as well as `/artefacts/`, with or without a trailing slash):
+
+    /artefacts/                   GET   the directories
+    /artefacts/<directory>        GET   its artefacts    POST  a form    DELETE  all of it
+    /artefacts/<directory>/<id>   GET   PUT   POST   DELETE   one artefact,
+        ?versions ?version=V ?at=TIME ?restore=V              and its earlier versions
+
+On disk (nothing else is state; no database, no index):
+
+    data/<directory>/<id>                        an artefact: its current bytes
+    data/<directory>/.versions/<id>/<version>    an earlier version
+    data/.incoming/  .locks/  .trash/            on the way in; a lock a directory; on the way out
+
+The commit (`Repository.push`), which is what the rest is there for:
+
+    1. stream into .incoming/, hashing; check; stamp time and attributes; fsync
+    2. take the directory's lock (flock: the file system arbitrates between processes and hosts)
+    3. decide the preconditions on what is there now
+    4. make missing folders durable; hard-link the current file to its version's name; fsync
+    5. rename the staged file over the name; release the lock; fsync the folder; only then answer
+
+The parts, each using only what stands above it: values and errors; `Repository` (no HTTP); HTTP
+semantics as pure functions; resources; errors; `create_app`; waitress; `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import mimetypes
+import os
+import re
+import resource
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+from urllib.parse import quote, urlencode
+
+import falcon
+import waitress.buffers
+import waitress.channel
+import waitress.parser
+import waitress.server
+import waitress.task
+import waitress.wasyncore
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+# == Values and errors ============================================================================
+
+ROOT, INCOMING, LOCKS, TRASH, VERSIONS = "", ".incoming", ".locks", ".trash", ".versions"
+ALL = sys.maxsize  # keep_versions: every one
+PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memory
+HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them
+SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
+MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
+KNOWN = 32_768  # artefacts remembered in memory, some 20 MB
+TICK = 20_000_000  # ns: the clock of a file's times is no coarser
+
+SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
+VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:\s*;[\x20-\x7e\t]{0,200})?", re.A)
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+MICROSECOND = datetime.timedelta(microseconds=1)
+LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, beyond which no date is written
+
+# The interpreter's own table, not the machine's: a type must not depend on where we run. What is
+# compressed is sent as what it is, never with a Content-Encoding.
+TYPES = mimetypes.MimeTypes().types_map[True] | {
+    ".gz": "application/gzip", ".tgz": "application/gzip", ".bz2": "application/x-bzip2",
+    ".xz": "application/x-xz", ".zst": "application/zstd", ".br": "application/x-brotli",
+    ".whl": "application/zip", ".jar": "application/java-archive", ".log": "text/plain",
+    ".deb": "application/vnd.debian.binary-package", ".toml": "application/toml",
+    ".yaml": "application/yaml", ".yml": "application/yaml",
+}
+SAYS_NOTHING = ("application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data")
+
+
+class ArtefactsError(Exception):
+    """What is refused or cannot be done. `detail` tells the person what to do; `headers` go with it."""
+
+    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = headers
+
+
+class InvalidName(ArtefactsError):
+    """A name breaks one of the rules; the detail says which."""
+
+
+class InvalidRequest(ArtefactsError):
+    """The request contradicts itself or cannot be understood."""
+
+
+class Mismatch(ArtefactsError):
+    """What arrived is not what was announced: its length or its digest differs."""
+
+
+class NotFound(ArtefactsError):
+    """No such directory, artefact or version."""
+
+
+class Conflict(ArtefactsError):
+    """Something that is there already stands in the way."""
+
+
+class PreconditionFailed(ArtefactsError):
+    """The current state is not the one that the client said it expected."""
+
+
+class TooLarge(ArtefactsError):
+    """More bytes than the limit admits."""
+
+
+class Unsupported(ArtefactsError):
+    """Content in a form that cannot be stored as an artefact."""
+
+
+class UnsatisfiableRange(ArtefactsError):
+    """A byte range that begins behind the end."""
+
+
+class OutOfSpace(ArtefactsError):
+    """The disk has less room than is needed."""
+
+
+class Damaged(ArtefactsError):
+    """The bytes on disk are no longer those that were stored."""
+
+
+@functools.lru_cache(4096)
+def _second(seconds: int) -> tuple[str, str]:
+    """Seconds since the epoch, as a version begins and as RFC 3339 begins."""
+    at = EPOCH + datetime.timedelta(seconds=seconds)
+    return at.strftime("%Y%m%dT%H%M%S"), at.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """What is known of one stored file. `sha256` is None where it is not known yet."""
+
+    directory: str
+    id: str
+    size: int  # bytes
+    time: int  # µs since the epoch: when it was stored
+    type: str
+    sha256: str | None  # hex
+
+    @property
+    def version(self) -> str:
+        """The instant at which it was stored, `20261123T014455.123456Z`; sorts by time."""
+        return f"{_second(self.time // 1_000_000)[0]}.{self.time % 1_000_000:06d}Z"
+
+    @property
+    def modified(self) -> str:
+        """The same instant as RFC 3339 writes it, UTC."""
+        return f"{_second(self.time // 1_000_000)[1]}.{self.time % 1_000_000:06d}Z"
+
+
+def version_time(version: str) -> int:
+    """The µs since the epoch that a version's name stands for; NotFound where it is none."""
+    with contextlib.suppress(ValueError):
+        if VERSION.fullmatch(version):
+            at = datetime.datetime.strptime(version, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=datetime.UTC)
+            return (at - EPOCH) // MICROSECOND
+    raise NotFound(f"'{version}' is not a version; ?versions lists them.")
+
+
+def check_segment(name: str, what: str) -> str:
+    """The name, if it may be used; InvalidName names the rule that it breaks."""
+    if SEGMENT.fullmatch(name) and (len(name) < 64 or len(name.encode()) <= 255):
+        return name
+    rules = {
+        r"": "is empty",
+        r"\..*": "begins with '.'; those names are the repository's own",
+        r".*[\ufffd\ud800-\udfff].*": "is not UTF-8",
+        r".*[\x00-\x1f\x7f-\x9f].*": "has a control character",
+        r".*[/\\].*": "has a slash or a backslash",
+        r".*": "is longer than 255 bytes",
+    }
+    broken = next(told for rule, told in rules.items() if re.fullmatch(rule, name, re.S))
+    raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
+
+
+def check_names(directory: str, id: str) -> list[str]:
+    """The segments of the id; InvalidName where one breaks a rule, or all are too long together."""
+    check_segment(directory, "directory")
+    if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
+        raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
+    return [check_segment(segment, "id") for segment in id.split("/")]
+
+
+def type_of(id: str, announced: str | None = None) -> str:
+    """The media type to store: the client's where it says something, else the name's."""
+    if announced and MEDIA_TYPE.fullmatch(announced := announced.strip()):
+        if announced.partition(";")[0].rstrip().lower() not in SAYS_NOTHING:
+            return announced
+    return TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
+
+
+# == The repository ===============================================================================
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block us
+STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's
+DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>": of what it was computed
+HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
+# What a file system says that has no attributes, or none for us; the memory takes their place.
+NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
+
+
+class Descriptor:
+    """Closes a file descriptor at the end of a `with`, or before."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Content:
+    """One open file, which stays what it is whatever happens to its name, and what is known of it.
+    Whoever receives one closes it (or uses `with`)."""
+
+    def __init__(self, repository: Repository, directory: str, id: str, fd: int, status: os.stat_result,
+                 time: int | None) -> None:
+        self.size = status.st_size  # bytes
+        self.time = _microseconds(status) if time is None else time
+        self._repository, self._directory, self._id = repository, directory, id
+        self._fd, self._status = fd, status
+        self._artefact: Artefact | None = None
+
+    @property
+    def artefact(self) -> Artefact:
+        """What is known without reading it: the digest may be None."""
+        if self._artefact is None:
+            found = self._repository.recall(self._directory, self._id, self._fd, self._status)
+            self._artefact = found if found.time == self.time else replace(found, time=self.time)
+        return self._artefact
+
+    def digested(self) -> Artefact:
+        """The same with the digest, computed (the whole file read) and remembered if it must be."""
+        artefact = self.artefact
+        if artefact.sha256 is None:
+            # A change within one tick of the file system's clock would bear the same time.
+            time.sleep(min(max(0, self._status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
+            self._artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
+            after = os.fstat(self._fd)
+            if (after.st_size, after.st_mtime_ns) == (self._status.st_size, self._status.st_mtime_ns):
+                self._repository.remember(self._fd, artefact)
+        return artefact
+
+    def read(self, start: int, length: int) -> bytes:
+        """At most `length` bytes from byte `start` on."""
+        return os.pread(self._fd, length, start)
+
+    def sync(self) -> None:
+        self._repository.sync(self._fd)
+
+    def detach(self) -> io.FileIO:
+        """The file as an object of its own, which its receiver closes; this one is then closed."""
+        fd, self._fd = self._fd, -1
+        return io.FileIO(fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Check = Callable[[Content | None], None]  # of what is current, before it changes; raises to refuse
+
+
+def no_check(current: Content | None) -> None:
+    """Of an unconditional write: whatever is there now will do."""
+
+
+class Upload:
+    """Bytes on their way in: in memory while they are few, then in a named file of `.incoming/`
+    (btrfs before Linux 6.15.3 does not sync files without a name), hashed behind the writer's
+    back. Whoever asked for it closes it; closing discards what was not pushed."""
+
+    def __init__(self, repository: Repository, limit: int | None = None) -> None:
+        self.size = 0  # bytes
+        self.limit = limit  # bytes
+        self.fault: Exception | None = None  # raised by `verify`: set where `write` cannot raise
+        self.sealed = False  # whether the staged file is complete and durable
+        self._repository = repository
+        self._memory = bytearray()
+        self._fd, self._name = -1, ""
+        self._sha256, self._hashed = hashlib.sha256(), 0
+        self._hashing: Future[None] | None = None
+        self._closed = False
+
+    def write(self, data: bytes) -> None:
+        """Appends. TooLarge where the limit is passed; OSError as the disk has it."""
+        if self.limit is not None and self.size + len(data) > self.limit:
+            raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
+        if self._fd < 0 and self.size + len(data) <= PIECE:
+            self._memory += data
+        else:
+            self._spill()
+            _write(self._fd, data)
+        self.size += len(data)
+        if self._fd >= 0 and self.size - self._hashed >= HASH_AFTER:
+            if self._hashing is None or self._hashing.done():
+                self._hashing = self._repository.hashers.submit(self._hash, self.size)
+
+    def verify(self, length: int | None, sha256: str | None) -> None:
+        """Mismatch where these are given and not those of what was written."""
+        if self.fault is not None:
+            raise self.fault
+        if length is not None and length != self.size:
+            raise Mismatch(f"{length} bytes were announced, {self.size} arrived. Send it again.")
+        if sha256 is not None and sha256 != self.digest():
+            raise Mismatch(f"The SHA-256 of what arrived is {self.digest()}, another one. Send it again.")
+
+    def digest(self) -> str:
+        """The SHA-256, in hex, of all that was written so far."""
+        if self._fd < 0:
+            return hashlib.sha256(self._memory).hexdigest()
+        if self._hashing is not None:
+            self._hashing.result()
+        self._hash(self.size)
+        return self._sha256.hexdigest()
+
+    def seal(self, artefact: Artefact) -> None:
+        """Stamps the staged file with its time and attributes, and makes it durable."""
+        self._spill()
+        os.utime(self._fd, ns=(artefact.time * 1000, artefact.time * 1000))
+        _write_attributes(self._fd, artefact)
+        self._repository.sync(self._fd)
+        self.sealed = True
+
+    def move(self, folder: int, name: str) -> None:
+        """Renames the staged file to `name` in the open folder: the instant of the commit."""
+        os.rename(self._name, name, src_dir_fd=self._repository.own(INCOMING), dst_dir_fd=folder)
+        self._name = ""
+
+    def close(self) -> None:
+        """Frees all; what was staged and not pushed is gone."""
+        self._closed = True
+        if self._hashing is not None:
+            self._hashing.exception()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._name:
+            os.unlink(self._name, dir_fd=self._repository.own(INCOMING))
+            self._name = ""
+
+    def _spill(self) -> None:
+        """From memory into a staged file."""
+        if self._fd < 0:
+            name = self._repository.unique_name()
+            self._fd = self._repository.open_in(INCOMING, name, STAGE)
+            self._name = name
+            _write(self._fd, self._memory)
+            self._memory = bytearray()
+
+    def _hash(self, until: int) -> None:
+        # From the page cache and not from a queue: however far the hash lags behind a fast
+        # sender, it holds no memory and never makes the receiving thread wait.
+        while self._hashed < until and not self._closed:
+            piece = os.pread(self._fd, min(PIECE, until - self._hashed), self._hashed)
+            if not piece:
+                raise Damaged("The staged file became shorter. Push the artefact again.")
+            self._sha256.update(piece)
+            self._hashed += len(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Repository:
+    """Artefacts in directories, as plain files under one data directory.
+
+    Knows nothing of HTTP. Any number of instances, in any number of processes, may work on one
+    data directory: all state is on disk, every decision is made under a lock of the file system.
+    Every method checks the names that it is given (InvalidName) and may raise OSError."""
+
+    def __init__(self, data: str | os.PathLike[str] = "data", *,
+                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True) -> None:
+        """Makes the data directory where it is missing and sweeps what crashes left behind.
+
+        keep_versions: how many versions before the current one are kept (ALL: every one), or a
+        function that tells it of a directory. fsync: False gives up durability in a power cut."""
+        self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
+        self.durable = fsync
+        # Threads start with the first large upload, so an instance may be made before a fork.
+        self.hashers = ThreadPoolExecutor(os.cpu_count(), "sha256")
+        self._staged = itertools.count()
+        self._token = secrets.token_hex(8)
+        self._known: dict[tuple[int, ...], Artefact] = {}
+        self._durable_folders: set[tuple[int, int]] = set()
+        self._own: dict[str, int] = {}
+        os.makedirs(data, exist_ok=True)
+        self.root = os.path.realpath(data)
+        self.sweep()
+
+    # -- reading: no lock; one file is opened, and that inode read to its end --
+
+    def directories(self) -> list[str]:
+        """The names of the directories, sorted."""
+        with os.scandir(self.root) as entries:
+            return sorted(
+                entry.name for entry in entries
+                if SEGMENT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+
+    def artefacts(self, directory: str, *, prefix: str = "", after: str = "",
+                  digests: bool = False) -> Iterator[Artefact]:
+        """The artefacts of a directory whose id begins with `prefix` and sorts behind `after`,
+        by id. NotFound where it is missing. `digests`: compute those that are not known yet."""
+        with Descriptor(self._open_directory(directory)) as folder:
+            for id, within, entry in _walk(folder, "", prefix, after):
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    artefact = self._describe_entry(directory, id, within, entry, digests)
+                    if artefact is not None:
+                        yield artefact
+
+    def fetch(self, directory: str, id: str, version: str | None = None) -> Content:
+        """The artefact, open: the current one, or the version named. NotFound where it is not
+        there. The caller closes it."""
+        segments = check_names(directory, id)
+        try:
+            current = self._look(directory, segments)
+        except Conflict:
+            current = None
+        if current is not None:
+            if version is None or current.artefact.version == version:
+                return current
+            current.close()
+        if version is None:
+            raise NotFound(f"'{directory}' has no artefact '{id}'.")
+        # The current one was looked at first: a version is linked before it is replaced.
+        at = version_time(version)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, Conflict):
+            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
+                return self._open(kept, version, directory, id, at)
+        raise NotFound(f"'{id}' has no version '{version}'; ?versions lists them.")
+
+    def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
+        """All versions, newest first, each with whether it is the current one. NotFound where
+        there is none at all. Computes the digests that are not known yet."""
+        segments = check_names(directory, id)
+        found = {}
+        for name in self._kept(directory, segments):
+            with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
+                found[name] = (content.digested(), False)  # NotFound: pruned meanwhile
+        with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
+            found[content.artefact.version] = (content.digested(), True)
+        if not found:
+            raise NotFound(f"'{directory}' has no artefact '{id}', nor versions of it.")
+        return [found[version] for version in sorted(found, reverse=True)]
+
+    def version_at(self, directory: str, id: str, at: int) -> str:
+        """The newest version stored at or before `at` (µs since the epoch); NotFound if none."""
+        for artefact, _ in self.versions(directory, id):
+            if artefact.time <= at:
+                return artefact.version
+        raise NotFound(f"'{id}' has no version as old as that; ?versions lists them.")
+
+    # -- writing: what these have done is durable when they return --
+
+    def stage(self, limit: int | None = None) -> Upload:
+        """A new upload, of at most `limit` bytes. The caller closes it."""
+        return Upload(self, limit)
+
+    def admit(self, directory: str, id: str, size: int, check: Check = no_check) -> None:
+        """Raises what a push of `size` bytes would raise now, as far as it can be told without
+        them: names, what is in the way, `check`, and OutOfSpace."""
+        with self._look(directory, check_names(directory, id)) or contextlib.nullcontext() as current:
+            check(current)
+        free = os.statvfs(self.root)
+        if size > free.f_bavail * free.f_frsize:
+            raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
+
+    def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None,
+             check: Check = no_check) -> tuple[Artefact, bool]:
+        """Commits an upload under its name: the artefact now current, and whether it is new.
+
+        `check` receives what is current (or None), under the lock, and raises to refuse; what it
+        raises passes. Where these very bytes are current already, nothing changes. Conflict
+        where a folder is in the way of the artefact, or an artefact in the way of a folder."""
+        segments = check_names(directory, id)
+        staged = Artefact(directory, id, upload.size, _now(), type or type_of(id), upload.digest())
+        with self._look(directory, segments) or contextlib.nullcontext() as current:
+            if not _same(current, staged):  # else nothing is written at all
+                upload.seal(staged)
+        with self._locked(directory) as lock:
+            with self._look(directory, segments) or contextlib.nullcontext() as current:
+                check(current)
+                with Descriptor(self._make_folder(directory, *segments[:-1])) as folder:
+                    if current is not None and _same(current, staged):
+                        staged = current.artefact
+                        current.sync()  # who dropped the file in by hand may not have
+                    else:
+                        staged = self._replace(upload, staged, current, folder, segments)
+                    lock.close()  # so that the fsyncs of many pushes overlap
+                    self.sync(folder)
+        return staged, current is None
+
+    def restore(self, directory: str, id: str, version: str, *,
+                check: Check = no_check) -> tuple[Artefact, bool]:
+        """Makes an earlier version the current one, as a new version with its bytes and type;
+        otherwise as `push`. NotFound; Damaged where its bytes are not those that were stored."""
+        with self.fetch(directory, id, version) as content, self.stage() as upload:
+            for start in range(0, content.size, PIECE):
+                upload.write(content.read(start, PIECE))
+            if content.artefact.sha256 not in (None, upload.digest()):
+                raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
+            return self.push(upload, directory, id, type=content.artefact.type, check=check)
+
+    def delete(self, directory: str, id: str, *, check: Check = no_check) -> None:
+        """Deletes the current artefact; where versions are kept, it becomes one. NotFound."""
+        self.fetch(directory, id).close()  # or NotFound, and no lock is made for nothing
+        segments, keep = check_names(directory, id), self.keeps(directory)
+        with self._locked(directory), self.fetch(directory, id) as current:
+            check(current)
+            kept = self._kept(directory, segments) if keep < ALL else []
+            if keep:
+                self._keep(current, segments, current.time)
+                kept.append(current.artefact.version)
+            self._unlink(directory, segments)
+            self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
+
+    def erase(self, directory: str, id: str, version: str, *, check: Check = no_check) -> None:
+        """Erases one earlier version. NotFound; Conflict where it is the current one."""
+        self.fetch(directory, id, version).close()
+        segments = check_names(directory, id)
+        with self._locked(directory), self.fetch(directory, id, version) as content:
+            check(content)
+            if version not in self._kept(directory, segments):
+                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
+            self._drop(directory, segments, [version])
+
+    def erase_all(self, directory: str, id: str, *, check: Check = no_check) -> None:
+        """Erases an artefact with all its versions. NotFound where there is neither."""
+        self.versions(directory, id)
+        segments = check_names(directory, id)
+        with self._locked(directory):
+            with contextlib.suppress(NotFound), self.fetch(directory, id) as current:
+                check(current)
+                self._unlink(directory, segments)
+            self._drop(directory, segments, self._kept(directory, segments))
+
+    def delete_directory(self, directory: str) -> None:
+        """Deletes a directory, its artefacts and their versions, in one instant. NotFound."""
+        os.close(self._open_directory(directory))
+        name, trash = self.unique_name(), self.own(TRASH)
+        with self._locked(directory):
+            os.close(self._open_directory(directory))  # a folder, and no symbolic link
+            os.rename(directory, name, src_dir_fd=self.own(ROOT), dst_dir_fd=trash)
+            self.sync(self.own(ROOT))
+        os.utime(name, dir_fd=trash)  # so that no sweep elsewhere takes it for an old one
+        shutil.rmtree(name, dir_fd=trash)
+
+    def sweep(self) -> None:
+        """Removes what crashes left in `.incoming/` and `.trash/` more than a day ago."""
+        for folder in (self.own(INCOMING), self.own(TRASH)):
+            for name in os.listdir(folder):
+                with contextlib.suppress(FileNotFoundError):  # swept by another process
+                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    if status.st_mtime > time.time() - SWEEP_AFTER:
+                        continue
+                    if stat.S_ISDIR(status.st_mode):
+                        shutil.rmtree(name, dir_fd=folder)
+                    else:
+                        os.unlink(name, dir_fd=folder)
+
+    # -- the steps of a commit, under the directory's lock --
+
+    @contextlib.contextmanager
+    def _locked(self, directory: str) -> Iterator[Descriptor]:
+        """Holds the directory's lock, against threads, processes and hosts alike, until closed."""
+        lock = Descriptor(self.open_in(LOCKS, directory, LOCK))
+        with lock as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield lock
+
+    def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
+                 segments: Sequence[str]) -> Artefact:
+        """Puts the upload in the place of what is current, as a version later than all others."""
+        directory, keep = staged.directory, self.keeps(staged.directory)
+        kept = self._kept(directory, segments) if keep < ALL else []
+        newest = max(
+            -1 if current is None else current.time,
+            version_time(kept[-1]) if kept else -1,
+            self._marked(directory, segments) if keep == ALL else -1,
+        )
+        if staged.time <= newest or not upload.sealed:
+            staged = replace(staged, time=max(newest + 1, _now()))
+            upload.seal(staged)
+        if current is not None and keep:
+            self._keep(current, segments, staged.time)
+            kept.append(current.artefact.version)
+        try:
+            upload.move(folder, segments[-1])
+        except IsADirectoryError:  # an empty one, or `_look` would have refused
+            _remove_empty(folder, segments[-1])
+            upload.move(folder, segments[-1])
+        self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
+        return staged
+
+    def _keep(self, current: Content, segments: Sequence[str], time: int) -> None:
+        """Links the current file to its version's name, durably."""
+        directory, version = current.artefact.directory, current.artefact.version
+        with (
+            Descriptor(self._make_folder(directory, *segments[:-1])) as folder,
+            Descriptor(self._make_folder(directory, VERSIONS, *segments)) as kept,
+        ):
+            try:
+                os.link(segments[-1], version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
+            except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
+                with self._open(kept, version, directory, current.artefact.id) as there:
+                    if there.digested().sha256 != current.digested().sha256:
+                        raise Conflict(f"Another file has the name of version '{version}'.") from None
+            os.utime(kept, ns=(time * 1000, time * 1000))  # what `_marked` reads
+            self.sync(kept)
+
+    def _marked(self, directory: str, segments: Sequence[str]) -> int:
+        """The time (µs) of the newest version, -1 if none was kept. It is the folder's own time, so
+        that it is known without reading thousands of names."""
+        try:
+            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
+                return _microseconds(os.fstat(kept))
+        except FileNotFoundError:
+            return -1
+
+    def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
+        """The names of the kept versions, oldest first."""
+        try:
+            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
+                return sorted(filter(VERSION.fullmatch, os.listdir(kept)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _drop(self, directory: str, segments: Sequence[str], versions: Sequence[str]) -> None:
+        """Erases these versions, in their order, and the folders that are empty then."""
+        if versions:
+            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
+                mark = os.fstat(kept).st_mtime_ns
+                for version in versions:
+                    os.unlink(version, dir_fd=kept)
+                os.utime(kept, ns=(mark, mark))
+                self.sync(kept)
+            self._trim(directory, VERSIONS, *segments)
+
+    def _unlink(self, directory: str, segments: Sequence[str]) -> None:
+        """Removes the artefact's name, durably, and the folders that are empty then."""
+        with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
+            os.unlink(segments[-1], dir_fd=folder)
+            self.sync(folder)
+        self._trim(directory, *segments[:-1])
+
+    def _trim(self, *names: str) -> None:
+        """Removes the folder, and those above it below the directory, as far as they are empty."""
+        for depth in range(len(names) - 1, 0, -1):
+            with Descriptor(self._open_folder(*names[:depth])) as parent:
+                try:
+                    os.rmdir(names[depth], dir_fd=parent)
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        return
+                    raise
+
+    def sync(self, fd: int) -> None:
+        """fsync, unless durability was given up. Never retried: after a failure the kernel has
+        dropped the pages, and a second call would report a success that is none."""
+        if self.durable:
+            os.fsync(fd)
+
+    # -- files and folders: opened, then looked at; no symbolic link is ever followed --
+
+    def own(self, name: str) -> int:
+        """The data directory (ROOT) or a folder of the repository's own in it, made where it is
+        missing. It stays open; who receives it does not close it."""
+        fd = self._own.get(name)
+        if fd is None:
+            if name == ROOT:
+                fd = os.open(self.root, FOLDER)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=self.own(ROOT))
+                fd = os.open(name, FOLDER, dir_fd=self.own(ROOT))
+            self._own[name] = fd
+        return fd
+
+    def open_in(self, own: str, name: str, flags: int) -> int:
+        """A file or folder in one of these, which its receiver closes. Where somebody removed the
+        repository's folder and made it anew, it is the new one from then on."""
+        try:
+            return os.open(name, flags, 0o666, dir_fd=self.own(own))
+        except FileNotFoundError:
+            if os.fstat(self.own(own)).st_nlink:
+                raise
+        self._own = {}
+        return os.open(name, flags, 0o666, dir_fd=self.own(own))
+
+    def unique_name(self) -> str:
+        """A name that no other thread, process or host has for what it stages."""
+        return f"{self._token}-{os.getpid()}-{next(self._staged)}"
+
+    def _open_directory(self, directory: str) -> int:
+        check_segment(directory, "directory")
+        try:
+            return self._open_folder(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"There is no directory '{directory}'. A push makes it.") from None
+
+    def _open_folder(self, *names: str) -> int:
+        """The folder, open; the caller closes it."""
+        folder = self.open_in(ROOT, names[0], FOLDER)
+        for name in names[1:]:
+            with Descriptor(folder):
+                folder = os.open(name, FOLDER, dir_fd=folder)
+        return folder
+
+    def _make_folder(self, *names: str) -> int:
+        """The folder, open, made where it is missing; the caller closes it. Each folder's name is
+        durable before anything is put into it. One that was there is synced once too: who made it
+        may have been killed before its own fsync."""
+        folder = os.dup(self.own(ROOT))
+        for name in names:
+            with Descriptor(folder) as parent:
+                try:
+                    folder = os.open(name, FOLDER, dir_fd=parent)
+                except FileNotFoundError:
+                    os.mkdir(name, dir_fd=parent)
+                    folder = os.open(name, FOLDER, dir_fd=parent)
+                except NotADirectoryError:
+                    raise _in_the_way("/".join(names[1:])) from None
+                status = os.fstat(folder)
+                if (status.st_dev, status.st_ino) not in self._durable_folders:
+                    self.sync(parent)
+                    self._durable_folders.add((status.st_dev, status.st_ino))
+        return folder
+
+    def _look(self, directory: str, segments: Sequence[str]) -> Content | None:
+        """What is current, open, or None; Conflict where something else bears the name."""
+        id = "/".join(segments)
+        try:
+            with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
+                return self._open(folder, segments[-1], directory, id)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                raise _in_the_way(id) from None
+            raise
+
+    def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
+        """One file of an open folder; FileNotFoundError also where it is an empty folder."""
+        fd = os.open(name, READ, dir_fd=folder)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode) and next(_walk(fd, "", "", ""), None) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            if not stat.S_ISREG(status.st_mode):
+                raise _in_the_way(id)
+            return Content(self, directory, id, fd, status, time)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    # -- what is known of a file: in its attributes, and in memory in front of them --
+
+    def recall(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
+        """What the open file's attributes tell; its digest may be None."""
+        known = self._known.get(_identity(status))
+        if known is None or known.id != id or known.directory != directory:
+            sha256, type = _read_attributes(fd, id, status)
+            known = Artefact(directory, id, status.st_size, _microseconds(status), type, sha256)
+            self._learn(status, known)
+        return known
+
+    def remember(self, fd: int, artefact: Artefact) -> None:
+        """Keeps a digest that was computed: in the file's attributes if they can be written, and in
+        memory. Not being able to must not fail a fetch; it only costs computing it again."""
+        with contextlib.suppress(OSError):
+            _write_digest(fd, artefact)
+        status = os.fstat(fd)
+        self._learn(status, replace(artefact, time=_microseconds(status)))
+
+    def _learn(self, status: os.stat_result, artefact: Artefact) -> None:
+        if len(self._known) >= KNOWN:
+            self._known.clear()
+        self._known[_identity(status)] = artefact
+
+    def _describe_entry(self, directory: str, id: str, folder: int, entry: os.DirEntry[str],
+                        digests: bool) -> Artefact | None:
+        """An artefact from a folder's entry, which is not opened where it is known already."""
+        status = entry.stat(follow_symlinks=False)
+        known = self._known.get(_identity(status))
+        if known is not None and known.id == id and known.directory == directory:
+            if known.sha256 is not None or not digests:
+                return known
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        with self._open(folder, entry.name, directory, id) as content:
+            return content.digested() if digests else content.artefact
+
+
+def _now() -> int:
+    return min(time.time_ns() // 1000, LAST_TIME - 1)
+
+
+def _microseconds(status: os.stat_result) -> int:
+    """A file's time, in µs since the epoch; what no date can express is brought into the range."""
+    return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
+
+
+def _in_the_way(id: str) -> Conflict:
+    return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{id}'.")
+
+
+def _same(current: Content | None, staged: Artefact) -> bool:
+    """Whether the staged bytes are those that are current."""
+    return current is not None and current.size == staged.size and current.digested().sha256 == staged.sha256
+
+
+def _write(fd: int, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
+    """(id, the open folder it is in, entry) of every file below, in the order of the ids. Follows
+    no link, and enters no folder in which no id can match."""
+    with os.scandir(folder) as entries:
+        found = sorted(
+            (entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
+            for entry in entries if SEGMENT.fullmatch(entry.name)
+        )
+    for name, entry in found:
+        id = inside + name
+        if not id.startswith(prefix[: len(id)]) or len(id) > MAX_ID:
+            continue
+        if not name.endswith("/"):
+            if id.startswith(prefix) and id > after:
+                yield id, folder, entry
+        elif id > after or after.startswith(id):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
+                with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                    yield from _walk(child, id, prefix, after)
+
+
+def _remove_empty(parent: int, name: str) -> None:
+    """Removes a folder in which there are only empty folders, such as a crash may leave."""
+    with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+        for child in os.listdir(folder):
+            _remove_empty(folder, child)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Changes whenever a file's bytes or attributes do."""
+    return (status.st_ino, status.st_dev, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+
+
+def _write_digest(fd: int, artefact: Artefact) -> None:
+    status = os.fstat(fd)
+    if HAS_ATTRIBUTES:
+        value = f"{artefact.sha256} {status.st_size} {status.st_mtime_ns}"
+        os.setxattr(fd, DIGEST_ATTRIBUTE, value.encode())
+
+
+def _write_attributes(fd: int, artefact: Artefact) -> None:
+    """Type and digest, to travel with the file; a file system without attributes goes without."""
+    try:
+        if HAS_ATTRIBUTES:
+            os.setxattr(fd, TYPE_ATTRIBUTE, artefact.type.encode())
+        _write_digest(fd, artefact)
+    except OSError as error:
+        if error.errno not in NO_ATTRIBUTES:
+            raise
+
+
+def _read_attributes(fd: int, id: str, status: os.stat_result) -> tuple[str | None, str]:
+    """(digest, None unless its stamp says that it is this content's; type)."""
+    digest, size, time = (_attribute(fd, DIGEST_ATTRIBUTE).split() + [""] * 3)[:3]
+    if (size, time) != (str(status.st_size), str(status.st_mtime_ns)) or not SHA256.fullmatch(digest):
+        digest = ""
+    return digest or None, type_of(id, _attribute(fd, TYPE_ATTRIBUTE))
+
+
+def _attribute(fd: int, name: str) -> str:
+    try:
+        return os.getxattr(fd, name).decode("ascii", "replace") if HAS_ATTRIBUTES else ""
+    except OSError as error:
+        if error.errno not in NO_ATTRIBUTES | {errno.ENODATA}:
+            raise
+        return ""
+
+
+def _sha256(fd: int) -> str:
+    digest, start = hashlib.sha256(), 0
+    while piece := os.pread(fd, PIECE, start):
+        digest.update(piece)
+        start += len(piece)
+    return digest.hexdigest()
+
+
+# == HTTP semantics: pure functions of header text and validators =================================
+
+ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
+SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
+CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
+FORMATS = ("json", "sha256sums")
+HARMLESS = {  # whatever is stored, it runs nothing here (Fetch; CSP 3)
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+}
+
+
+@functools.lru_cache(1024)
+def http_date(seconds: int) -> str:
+    """IMF-fixdate (RFC 9110 §5.6.7)."""
+    return falcon.dt_to_http(EPOCH + datetime.timedelta(seconds=seconds))
+
+
+def http_seconds(field: str | None) -> int | None:
+    """A date field's seconds since the epoch; None where it is absent or no HTTP-date, which RFC
+    9110 §13.1.3 has ignored."""
+    if field:
+        with contextlib.suppress(ValueError, OverflowError):
+            return int(falcon.http_date_to_dt(field.strip(), obs_date=True).timestamp())
+    return None
+
+
+def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
+    """Whether an If-Match or If-None-Match names this entity tag, None where there is no
+    representation (RFC 9110 §8.8.3.2). InvalidRequest where it is no list of entity tags."""
+    if field.strip(" \t") == "*":
+        return etag is not None
+    if ENTITY_TAG.sub("", field).strip(" \t,"):
+        raise InvalidRequest('An entity tag is quoted: "<sha256>". Mend the If-Match or If-None-Match.')
+    tags = ENTITY_TAG.findall(field)
+    return any(f'"{tag}"' == etag and not (weak and strong) for weak, tag in tags)
+
+
+def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | None,
+                        modified: int | None) -> int | None:
+    """None where the method is to be performed, else 304 or 412, in the order of RFC 9110 §13.2.2.
+
+    `conditions`: the fields by their WSGI names; `etag` and `modified` (seconds): of the current
+    representation, None where there is none. InvalidRequest: an unreadable If-None-Match on a
+    write, for to ignore it would replace what the client wanted to protect."""
+    reading = method in ("GET", "HEAD")
+    if "HTTP_IF_MATCH" in conditions:
+        matched = False
+        with contextlib.suppress(InvalidRequest):
+            matched = tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True)
+        if not matched:
+            return 412
+    elif modified is not None:
+        since = http_seconds(conditions.get("HTTP_IF_UNMODIFIED_SINCE"))
+        if since is not None and modified > since:
+            return 412
+    if "HTTP_IF_NONE_MATCH" in conditions:
+        try:
+            if tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False):
+                return 304 if reading else 412
+        except InvalidRequest:
+            if not reading:
+                raise
+    elif reading and modified is not None:
+        since = http_seconds(conditions.get("HTTP_IF_MODIFIED_SINCE"))
+        if since is not None and modified <= since:
+            return 304
+    return None
+
+
+def byte_range(field: str, if_range: str | None, size: int, etag: str,
+               modified: int) -> tuple[int, int] | None:
+    """(first byte, length) of the one range asked for; None where the whole is to be sent: for
+    several, another unit, garbage (RFC 9110 §14.2), or an If-Range that names another
+    representation (§13.1.5). UnsatisfiableRange."""
+    match = BYTE_RANGE.fullmatch(field)
+    if match is None:
+        return None
+    if if_range is not None and if_range.strip() != etag and http_seconds(if_range) != modified:
+        return None
+    # Numbers may have thousands of digits, which `int` refuses; 19 exceed every file.
+    first, last = (int(digits.lstrip("0")[:19] or "0") if digits else None for digits in match.groups())
+    if first is None:  # the last bytes; of nothing, they are the whole
+        if last and not size:
+            return None
+        first, last = max(0, size - (last or 0)), size - 1
+    elif last is not None and last < first:
+        return None
+    if first >= size:
+        detail = f"The artefact has {size} bytes. Ask for some of these, or for the whole."
+        raise UnsatisfiableRange(detail, {"Content-Range": f"bytes */{size}"})
+    return first, min(size - 1 if last is None else last, size - 1) - first + 1
+
+
+def announced_sha256(environ: WSGIEnvironment) -> str | None:
+    """The SHA-256, in hex, that the client says its content has: Repr-Digest, Content-Digest (RFC
+    9530), Digest (RFC 3230) or X-Checksum-Sha256. Other algorithms are ignored, as RFC 9530 §2 has
+    it. InvalidRequest where it cannot be read or two differ."""
+    found = set()
+    for field in ("HTTP_REPR_DIGEST", "HTTP_CONTENT_DIGEST", "HTTP_DIGEST"):
+        for value in SHA256_MEMBER.findall(environ.get(field, "")):
+            value = value.strip(" \t")
+            if field != "HTTP_DIGEST":  # a structured field's byte sequence stands between colons
+                value = value[1:-1] if value[:1] == value[-1:] == ":" else "?"
+            with contextlib.suppress(ValueError):
+                value = base64.b64decode(value, validate=True).hex()
+            found.add(value)
+    if "HTTP_X_CHECKSUM_SHA256" in environ:
+        found.add(environ["HTTP_X_CHECKSUM_SHA256"].strip().lower())
+    if len(found) > 1 or not all(map(SHA256.fullmatch, found)):
+        raise InvalidRequest(
+            "The digest fields have no SHA-256 that can be read, or two. Send 'Repr-Digest: "
+            "sha-256=:<base64>:' or 'X-Checksum-Sha256: <hex>'."
+        )
+    return found.pop() if found else None
+
+
+def body_length(environ: WSGIEnvironment) -> int | None:
+    """The bytes that the body is announced to have, None where they are not (it is chunked).
+    InvalidRequest or Unsupported where it must not be stored."""
+    if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110 §14.5
+        raise InvalidRequest("A part of an artefact cannot be stored. Send the whole, without Content-Range.")
+    if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
+        detail = "A Content-Encoding is not kept. Send the artefact as it is."
+        raise Unsupported(detail, {"Accept-Encoding": "identity"})
+    length = environ.get("CONTENT_LENGTH") or None
+    if "HTTP_TRANSFER_ENCODING" in environ and length is None:  # RFC 9112 §6.1; who decoded it says so
+        if environ.get("SERVER_PROTOCOL") == "HTTP/1.0" or not environ.get("wsgi.input_terminated"):
+            raise InvalidRequest("Transfer-Encoding cannot be read here. Send a Content-Length.")
+        return None
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        raise InvalidRequest("Content-Length is a number of bytes. Mend it.")
+    return int(length or 0)
+
+
+def preferred_format(wanted: str | None, accept: str) -> str:
+    """One of FORMATS: what `?format=` says, else what Accept prefers (RFC 9110 §12.5.1), else JSON."""
+    if wanted is None:
+        with contextlib.suppress(ValueError, falcon.HTTPError):
+            best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
+            wanted = {"text/html": "html", "text/plain": "sha256sums"}.get(best)
+        return wanted if wanted in FORMATS else "json"
+    if wanted not in FORMATS:
+        raise InvalidRequest(f"'{wanted}' is none of the formats {', '.join(FORMATS)}. Choose one.")
+    return wanted
+
+
+def instant(text: str) -> int:
+    """µs since the epoch of an RFC 3339 time, or of the end of a date, UTC."""
+    text = text.strip().upper().replace(" ", "+")  # as which a '+' arrives in a query
+    if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        text += "T23:59:59.999999Z"
+    with contextlib.suppress(ValueError):
+        at = datetime.datetime.fromisoformat(text)
+        if at.tzinfo is not None:
+            return (at - EPOCH) // MICROSECOND
+    raise InvalidRequest("'at' is a date, or a time with its offset: 2026-11-23, 2026-11-23T01:44:55Z.")
+
+
+def content_disposition(name: str) -> str:
+    """`inline` under this name (RFC 6266, RFC 8187). curl reads only `filename`, as raw bytes."""
+    raw = re.sub(r'["\\]', r"\\\g<0>", name).encode().decode("latin-1")
+    return f"inline; filename=\"{raw}\"; filename*=UTF-8''{quote(name, safe='')}"
+
+
+def href(base: str, directory: str, id: str = "", version: str = "") -> str:
+    """The canonical path of a directory, an artefact or a version, mounted under `base`."""
+    path = f"{base}/artefacts/{quote(directory, safe='')}/{quote(id)}"
+    return f"{path}?version={version}" if version else path
+
+
+@functools.lru_cache(1024)
+def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[tuple[str, str], ...]:
+    """What a GET says of an artefact whose digest is known."""
+    digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
+    return (
+        ("Content-Type", artefact.type),
+        ("ETag", f'"{artefact.sha256}"'),
+        # not later than now: RFC 9110 §8.8.2.1
+        ("Last-Modified", http_date(min(artefact.time // 1_000_000, int(time.time())))),
+        ("Cache-Control", caching),
+        ("Accept-Ranges", "bytes"),
+        ("Repr-Digest", f"sha-256=:{digest}:"),
+        ("Digest", f"SHA-256={digest}"),
+        ("Link", f'<{href(base, artefact.directory, artefact.id)}?versions>; rel="version-history"'),
+        ("Artefact-Version", artefact.version),
+        ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
+        *HARMLESS.items(),
+    )
+
+
+def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = "") -> str:
+    """An ARTEFACT; `more`: further members. Written out because a listing makes thousands."""
+    return (
+        f'{{"directory": {_json(artefact.directory)}, "id": {_json(artefact.id)}, '
+        f'"href": {_json(href(base, artefact.directory, artefact.id, version))}, '
+        f'"version": "{artefact.version}", "size": {artefact.size}, "type": {_json(artefact.type)}, '
+        f'"sha256": {_json(artefact.sha256) if artefact.sha256 else "null"}, '
+        f'"modified": "{artefact.modified}"{more}}}'
+    )
+
+
+_json = json.encoder.encode_basestring_ascii
+
+
+# == Resources ====================================================================================
+
+SMALL = 128 * 1024  # bytes: what is not longer is read at once, what is longer is streamed
+FIRST_LOOK = "artefacts.first_look"  # in the environ: see the part on waitress
+
+
+class Later(falcon.HTTPStatus):
+    """100: at a first look there is nothing to object to. The answer needs the body, or a while."""
+
+    def __init__(self) -> None:
+        super().__init__(falcon.HTTP_100)
+
+
+def end_first_look(req: falcon.Request) -> None:
+    """What follows reads the body, waits for a lock or the disk, or writes."""
+    if FIRST_LOOK in req.env:
+        raise Later
+
+
+class Resource:
+    def __init__(self, repository: Repository, settings: Settings) -> None:
+        self.repository = repository
+        self.settings = settings
+
+    def on_propfind(self, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+        # sccache asks so before it writes; it takes 404 for "not there yet", and gives up at 405
+        raise NotFound("This is no WebDAV collection. PUT works without one.")
+
+
+class Root:
+    """`/`"""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        raise falcon.HTTPSeeOther(base_of(req) + "/artefacts/")
+
+    on_head = on_get
+
+
+class Directories(Resource):
+    """`/artefacts/`"""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        end_first_look(req)
+        names, base = self.repository.directories(), base_of(req)
+        rows = (f'{{"directory": {_json(name)}, "href": {_json(href(base, name))}}}' for name in names)
+        render_json(resp, f'{{"directories": [{", ".join(rows)}]}}')
+
+    on_head = on_get
+
+
+class Directory(Resource):
+    """`/artefacts/<directory>`"""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+        end_first_look(req)
+        format = preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
+        limit = whole_number(req.get_param("limit"))
+        listing = self.repository.artefacts(
+            directory, prefix=req.get_param("prefix") or "", after=req.get_param("after") or "",
+            digests=format == "sha256sums",
+        )
+        found = list(itertools.islice(listing, limit and limit + 1))
+        following = None
+        if limit is not None and len(found) > limit:
+            del found[limit:]
+            following = next_page(req, directory, found[-1].id)
+            resp.append_link(following, "next")
+        resp.set_header("Vary", "Accept")
+        if format == "sha256sums":
+            resp.content_type = "text/plain; charset=utf-8"
+            resp.text = "".join(f"{artefact.sha256}  {artefact.id}\n" for artefact in found)
+        else:
+            base = base_of(req)
+            rows = ", ".join(artefact_json(artefact, base) for artefact in found)
+            more = f', "next": {_json(following)}' if following else ""
+            render_json(resp, f'{{"directory": {_json(directory)}, "artefacts": [{rows}]{more}}}')
+
+    on_head = on_get
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+        end_first_look(req)
+        self.repository.delete_directory(directory)
+        resp.status = falcon.HTTP_204
+
+
+class ArtefactResource(Resource):
+    """`/artefacts/<directory>/<id>`"""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        version, caching = None, "no-cache"
+        if req.query_string:
+            if req.has_param("versions"):
+                self._list_versions(req, resp, directory, id)
+                return
+            if req.has_param("at"):
+                end_first_look(req)
+                version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
+            elif req.has_param("version"):
+                version, caching = req.get_param("version"), "max-age=31536000, immutable"
+        with self.repository.fetch(directory, id, version) as content:
+            self._answer(req, resp, content, caching)
+
+    on_head = on_get
+
+    def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        end_first_look(req)
+        rows = ", ".join(
+            artefact_json(artefact, base_of(req), artefact.version, f', "current": {json.dumps(current)}')
+            for artefact, current in self.repository.versions(directory, id)
+        )
+        render_json(resp, f'{{"directory": {_json(directory)}, "id": {_json(id)}, "versions": [{rows}]}}')
+
+    def _answer(self, req: falcon.Request, resp: falcon.Response, content: Content, caching: str) -> None:
+        """The representation, or the part of it, that the request's conditions and range select."""
+        if content.artefact.sha256 is None:
+            end_first_look(req)
+        artefact = content.digested()
+        etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
+        conditions = conditions_of(req)
+        status = failed_precondition(req.method, conditions, etag, modified) if conditions else None
+        if status == 412:
+            raise changed()
+        part = None
+        if status is None and "HTTP_RANGE" in req.env and req.method == "GET":
+            field, if_range = req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE")
+            part = byte_range(field, if_range, artefact.size, etag, modified)
+        resp.set_headers(representation_fields(artefact, base_of(req), self.settings.caching(caching)))
+        if status is not None:
+            resp.status = falcon.HTTP_304
+            return
+        start, length = part or (0, artefact.size)
+        if part is not None:
+            resp.status = falcon.HTTP_206
+            resp.set_header("Content-Range", f"bytes {start}-{start + length - 1}/{artefact.size}")
+        if req.method == "HEAD":
+            resp.content_length = length
+        elif length <= SMALL:
+            resp.data = content.read(start, length)
+        else:
+            send_file(req, resp, content, start, length)
+
+    def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        self._push(req, resp, directory, id, preconditions(req))
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        check = preconditions(req)
+        if req.has_param("restore"):
+            end_first_look(req)
+            version = req.get_param("restore") or ""
+            restored, _ = self.repository.restore(directory, id, version, check=check)
+            self._tell_stored(req, resp, restored, created=True)
+        else:
+            self._push(req, resp, directory, id, absence(directory, id, check))
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        end_first_look(req)
+        check = preconditions(req)
+        if req.has_param("versions"):
+            self.repository.erase_all(directory, id, check=check)
+        elif req.has_param("version"):
+            self.repository.erase(directory, id, req.get_param("version") or "", check=check)
+        else:
+            self.repository.delete(directory, id, check=check)
+        resp.status = falcon.HTTP_204
+
+    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
+              check: Check) -> None:
+        length, sha256 = body_length(req.env), announced_sha256(req.env)
+        limit = self.settings.max_size
+        if limit is not None and length is not None and length > limit:
+            raise TooLarge(f"At most {limit} bytes are accepted here. Send less.")
+        body = req.env["wsgi.input"]
+        received = isinstance(body, Upload)  # by the part on waitress
+        if received:
+            body.limit = limit
+        if FIRST_LOOK in req.env or not received:
+            self.repository.admit(directory, id, length or 0, check)
+        end_first_look(req)
+        with contextlib.nullcontext(body) if received else self.repository.stage(limit) as upload:
+            if not received:
+                receive(req, length, upload)
+            upload.verify(length, sha256)
+            type = type_of(id, req.content_type)
+            artefact, created = self.repository.push(upload, directory, id, type=type, check=check)
+        self._tell_stored(req, resp, artefact, created)
+
+    def _tell_stored(self, req: falcon.Request, resp: falcon.Response, artefact: Artefact,
+                     created: bool) -> None:
+        base = base_of(req)
+        if created:
+            resp.status = falcon.HTTP_201
+            resp.location = href(base, artefact.directory, artefact.id)
+        resp.set_headers({"ETag": f'"{artefact.sha256}"', "Artefact-Version": artefact.version})
+        render_json(resp, artefact_json(artefact, base))
+
+
+def base_of(req: falcon.Request) -> str:
+    """The path that the app is mounted under, as it stands in a URL."""
+    return quote(req.root_path) if req.root_path else ""
+
+
+def conditions_of(req: falcon.Request) -> dict[str, str]:
+    return {name: req.env[name] for name in CONDITIONS if name in req.env}
+
+
+def changed() -> PreconditionFailed:
+    return PreconditionFailed(
+        "The artefact is not, or no longer, as the request's precondition says. Fetch it and decide anew."
+    )
+
+
+def preconditions(req: falcon.Request) -> Check:
+    """The request's preconditions, to be decided on what is current."""
+    conditions = conditions_of(req)
+
+    def check(current: Content | None) -> None:
+        etag = modified = None
+        if current is not None:
+            if current.artefact.sha256 is None:
+                end_first_look(req)
+            etag, modified = f'"{current.digested().sha256}"', current.time // 1_000_000
+        if failed_precondition(req.method, conditions, etag, modified):
+            raise changed()
+
+    return check if conditions else no_check
+
+
+def absence(directory: str, id: str, check: Check) -> Check:
+    """That nothing is there yet, and `check`."""
+
+    def check_absence(current: Content | None) -> None:
+        if current is not None:
+            raise Conflict(f"'{directory}' has an artefact '{id}' already. PUT replaces it.")
+        check(current)
+
+    return check_absence
+
+
+def whole_number(text: str | None) -> int | None:
+    if text is not None and not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", text):
+        raise InvalidRequest("'limit' is a whole number from 1. Mend it.")
+    return None if text is None else int(text)
+
+
+def next_page(req: falcon.Request, directory: str, after: str) -> str:
+    """The path of the same listing's continuation."""
+    query = {name: req.get_param(name) for name in ("format", "prefix", "limit") if req.has_param(name)}
+    return f"{href(base_of(req), directory)}?{urlencode(query | {'after': after})}"
+
+
+def render_json(resp: falcon.Response, text: str) -> None:
+    resp.content_type = "application/json"
+    resp.set_header("Cache-Control", "no-cache")
+    resp.data = text.encode() + b"\n"
+
+
+def send_file(req: falcon.Request, resp: falcon.Response, content: Content, start: int, length: int) -> None:
+    """Streams a part of the file, which the server closes. Only waitress is handed the file itself:
+    of the others, not all keep to its position and to Content-Length."""
+    resp.content_length = length
+    file = content.detach()
+    if "waitress.client_disconnected" in req.env:
+        file.seek(start)
+        resp.stream = file
+    else:
+        resp.stream = pieces(file, start, start + length)
+
+
+def pieces(file: io.FileIO, start: int, stop: int) -> Iterator[bytes]:
+    with file:
+        while start < stop and (piece := os.pread(file.fileno(), min(PIECE, stop - start), start)):
+            start += len(piece)
+            yield piece
+
+
+def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
+    """Streams a request's body into an upload, on servers that leave that to the application."""
+    stream = req.env["wsgi.input"] if length is None else req.bounded_stream
+    while True:
+        try:
+            piece = stream.read(PIECE)
+        except OSError:
+            raise Mismatch("The body broke off. Send it again.") from None
+        if not piece:
+            return
+        upload.write(piece)
+
+
+# == Errors: one mapping from exceptions to answers ===============================================
+
+STATUSES: dict[type[ArtefactsError], int] = {
+    InvalidName: 400, InvalidRequest: 400, Mismatch: 400, NotFound: 404, Conflict: 409,
+    PreconditionFailed: 412, TooLarge: 413, Unsupported: 415, UnsatisfiableRange: 416,
+    Damaged: 500, OutOfSpace: 507,
+}
+OS_ERRORS = {
+    errno.ENOSPC: (507, "The disk is full. Delete something, or tell who runs this server."),
+    errno.EDQUOT: (507, "The quota is used up. Delete something, or tell who runs this server."),
+    errno.EFBIG: (413, "The file system holds no file of this size. Send less."),
+    errno.ENAMETOOLONG: (400, "The file system holds no name of this length. Choose a shorter one."),
+    errno.ELOOP: (409, "A symbolic link is in the way; none is followed. Choose another name."),
+    errno.ENOTDIR: (409, "Something that is no folder is in the way. Choose another name."),
+    errno.EMFILE: (503, "Too many files are open. Try again later."),
+    errno.ENFILE: (503, "Too many files are open. Try again later."),
+    errno.EROFS: (500, "The data directory cannot be written. Tell who runs this server."),
+}
+DETAILS = {  # of the framework's own errors
+    400: "The request cannot be understood. Mend it.",
+    404: "Nothing is served under this path. Artefacts are at /artefacts/<directory>/<id>.",
+    405: "The method is not one for this resource. Use one of those in 'Allow'.",
+    500: "Something went wrong here, and nothing was stored. Tell who runs this server; its log says more.",
+}
+log = logging.getLogger("artefacts")
+
+
+def problem(status: str, detail: str) -> bytes:
+    """An error as `application/problem+json` (RFC 9457)."""
+    code, _, title = status.partition(" ")
+    return json.dumps({"title": title, "status": int(code), "detail": detail}).encode() + b"\n"
+
+
+def serialize_problem(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) -> None:
+    status = falcon.code_to_http_status(error.status_code)
+    resp.data = problem(status, error.description or DETAILS.get(error.status_code, status))
+    resp.content_type = "application/problem+json"
+    resp.set_header("Cache-Control", "no-store")
+
+
+def refuse(req: falcon.Request, resp: falcon.Response, error: ArtefactsError, params: Any) -> NoReturn:
+    raise falcon.HTTPError(STATUSES[type(error)], description=error.detail, headers=dict(error.headers or {}))
+
+
+def fail(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> NoReturn:
+    """What goes wrong on our side stands in the log; the client is told what it can use."""
+    known = OS_ERRORS.get(error.errno) if isinstance(error, OSError) and error.errno else None
+    status, detail = known or (500, DETAILS[500])
+    if status >= 500:
+        log.error("%s %s: %s", req.method, req.path, error, exc_info=known is None)
+    raise falcon.HTTPError(status, description=detail)
+
+
+# == The application ==============================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the resources go by."""
+
+    max_size: int | None = None  # bytes of one artefact
+
+    def caching(self, wanted: str) -> str:
+        return wanted
+
+
+def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0, max_size: int | None = None,
+               fsync: bool = True) -> falcon.App[Any, Any]:
+    """The repository in `data` (made where it is missing) as a WSGI application.
+
+    keep_versions: versions kept before the current one (ALL: every one); max_size: bytes of one
+    artefact; fsync: False gives up durability in a power cut. OSError where `data` cannot be used."""
+    return application(Repository(data, keep_versions=keep_versions, fsync=fsync), Settings(max_size))
+
+
+def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
+    app: falcon.App[Any, Any] = falcon.App()
+    app.req_options.strip_url_path_trailing_slash = True
+    app.set_error_serializer(serialize_problem)
+    app.add_error_handler(Exception, fail)
+    app.add_error_handler(ArtefactsError, refuse)
+    app.add_route("/", Root())
+    for base in ("/artefacts", "/artefact"):
+        app.add_route(base, Directories(repository, settings))
+        app.add_route(base + "/{directory}", Directory(repository, settings))
+        app.add_route(base + "/{directory}/{id:path}", ArtefactResource(repository, settings))
+    return app
+
+
+# == On waitress ==================================================================================
+#
+# Stock waitress runs the application well. What follows makes it a file server. It relies on
+# attributes that waitress does not document (REQUIRED); they have not changed since 2012.
+#
+# - A body is received into an `Upload` (`HTTPRequestParser.body_rcv.buf`): written once, beside
+#   the data, and hashed meanwhile, so that the commit is a rename.
+# - A first look: as soon as a request's header is there, the application is called with
+#   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; any
+#   other answer is final. So a refusal comes before the body, from the code that would refuse it
+#   after; and what can be answered at once is, without a hand-over between threads.
+# - A connection stays open after 204, 304 and chunked answers, which end by themselves.
+# - One that refused a body reads on for LINGER seconds: closed at once it would be reset, and the
+#   client might lose the answer (RFC 9112 §9.6).
+
+REQUIRED = (
+    (waitress.channel.HTTPChannel, "received service handle_write handle_close send write_soon"),
+    (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
+    (waitress.server.TcpWSGIServer, "add_task pull_trigger channel_class handle_accept"),
+    (waitress.task.WSGITask, "execute get_environment service"),
+)
+LINGER = 30  # seconds
+SEND = 512 * 1024  # bytes read and sent at once; of larger pieces much is read again and again
+TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
+Answer = tuple[str, list[tuple[str, str]], Iterable[bytes]]  # status, fields, content
+
+
+class Body:
+    """waitress's idea of a body buffer, over an Upload. A fault waits in it for the application."""
+
+    def __init__(self, upload: Upload) -> None:
+        self.upload = upload
+
+    def append(self, data: bytes) -> None:
+        if self.upload.fault is None:
+            try:
+                self.upload.write(data)
+            except (ArtefactsError, OSError) as error:
+                self.upload.fault = error
+
+    def __len__(self) -> int:
+        return self.upload.size
+
+    def getfile(self) -> Upload:
+        return self.upload
+
+    def close(self) -> None:
+        self.upload.close()
+
+
+class Parser(waitress.parser.HTTPRequestParser):
+    """Receives one request: its body into an Upload, unless the header alone is answered."""
+
+    channel: Channel
+    answer: Answer | None = None  # of the first look
+    refused = False  # whether the answer came before the end of the body
+    completed: bool
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+            # RFC 9112 §6.1: what follows such a header could be taken for another request
+            raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
+        if self.body_rcv is not None:
+            self.body_rcv.buf = Body(self.channel.server.repository.stage())
+
+    def received(self, data: bytes) -> int:
+        in_header = not self.headers_finished
+        consumed: int = super().received(data)
+        if self.headers_finished and not self.completed:
+            missing = self.chunked or self.content_length > len(data) - consumed
+            if self.body_rcv.buf.upload.fault or (in_header and missing and self.first_look()):
+                self.completed = True
+        if self.completed:
+            self.expect_continue = False  # or waitress would send 100 and wait for more
+            if self.error is not None or (self.body_rcv is not None and not self.body_rcv.completed):
+                self.refused = True
+                self.channel.lingering = time.time() + LINGER
+                return len(data)
+        return consumed
+
+    def first_look(self) -> bool:
+        """Whether the application has an answer already; it is kept in `answer`."""
+        environ = Task(self.channel, self).get_environment()
+        environ[FIRST_LOOK] = True
+        answer = self.channel.server.ask(environ)
+        if not answer[0].startswith("100"):
+            self.answer = answer
+        return self.answer is not None
+
+
+class Task(waitress.task.WSGITask):
+    """Answers one request, and tells the log."""
+
+    def execute(self) -> None:
+        request, channel = self.request, self.channel
+        if request.error is not None:  # waitress's own refusals, told as all others are
+            self.status = f"{request.error.code} {request.error.reason}"
+            content = problem(self.status, f"{request.error.body}. Mend the request.")
+            fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
+            body: Iterable[bytes] = [content]
+        else:
+            self.status, fields, body = request.answer or channel.server.ask(self.get_environment())
+        try:
+            self.write_answer(fields, body)
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+        channel.server.log_request(self)
+
+    def write_answer(self, fields: list[tuple[str, str]], body: Iterable[bytes]) -> None:
+        request, channel = self.request, self.channel
+        length = dict(fields).get("content-length")
+        ended = length is not None or self.status[:3] in ("204", "304")  # RFC 9112 §6.3
+        chunked = not ended and self.version == "1.1"
+        if request.connection_close or request.refused or request.error or not (ended or chunked):
+            fields.append(("connection", "close"))
+            self.close_on_finish = not request.refused  # that one lingers
+        elif self.version == "1.0":
+            fields.append(("connection", "keep-alive"))
+        if chunked:
+            fields.append(("transfer-encoding", "chunked"))
+        fields += (("date", http_date(int(time.time()))), ("server", channel.server.adj.ident))
+        lines = [f"HTTP/{self.version} {self.status}", *(f"{field_name(k)}: {v}" for k, v in fields), "\r\n"]
+        head = "\r\n".join(lines).encode("latin-1")
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            raise ValueError("a field of the answer has a line break in it")
+        self.wrote_header, self.content_length = True, length
+        if isinstance(body, waitress.buffers.ReadOnlyFileBasedBuffer):
+            body.prepare(int(length or 0))
+            channel.write_soon(head)
+            channel.write_soon(body)  # which closes it
+            body.close = lambda: None
+        elif isinstance(body, list):
+            channel.write_now(head + b"".join(body))
+        else:
+            channel.write_soon(head)
+            for piece in body:
+                channel.write_soon(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            channel.write_soon(b"0\r\n\r\n" if chunked else b"")
+
+
+class Channel(waitress.channel.HTTPChannel):
+    """One connection."""
+
+    task_class = error_task_class = Task
+    lingering = 0.0  # until when what arrives is thrown away
+    turn = 0  # bytes sent in this turn
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sendbuf_len = SEND
+
+    def parser_class(self, adj: Any) -> Parser:
+        parser = Parser(adj)
+        parser.channel = self
+        return parser
+
+    def received(self, data: bytes) -> bool:
+        if self.lingering:
+            self.will_close |= time.time() > self.lingering
+            return True
+        received: bool = super().received(data)
+        while self.server.at_once:  # not in super().received(), which holds the lock that service() takes
+            self.server.at_once.popleft().serve_at_once()
+        return received
+
+    def serve_at_once(self) -> None:
+        """On the receiving thread: the answer, where there is one; else a worker's task."""
+        request = self.requests[0]
+        if request.error is None and request.answer is None and not request.first_look():
+            self.server.task_dispatcher.add_task(self)
+        else:
+            self.service()
+
+    def write_now(self, data: bytes) -> None:
+        """Sends without a detour through buffers what the socket takes at once."""
+        with self.outbuf_lock:
+            if self.connected and not self.total_outbufs_len:
+                data = data[self.send(data, do_close=False) :]
+        self.write_soon(data)
+
+    def handle_write(self) -> None:
+        self.turn = 0
+        super().handle_write()
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if not data:  # a file that was cut short in place; waitress would try for ever
+            raise OSError(errno.EIO, "the file ended before its length")
+        if self.turn > TURN:
+            return 0
+        sent: int = super().send(data, do_close)
+        self.turn += sent
+        return sent
+
+    def handle_close(self) -> None:
+        if self.request is not None:
+            self.request.close()  # an upload broken off
+        super().handle_close()
+
+
+class Server(waitress.server.TcpWSGIServer):
+    channel_class = Channel
+
+    def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
+        self.repository, self.quiet = repository, quiet
+        self.at_once: deque[Channel] = deque()
+        self.thread = threading.get_ident()
+        super().__init__(app, **options)
+
+    def ask(self, environ: WSGIEnvironment) -> Answer:
+        def start_response(status: str, fields: list[tuple[str, str]], exc_info: object = None) -> None:
+            started[:] = status, fields
+
+        started: list[Any] = []
+        body: Iterable[bytes] = self.application(environ, start_response)
+        return started[0], started[1], body
+
+    def add_task(self, channel: Channel) -> None:
+        request = channel.requests[0]
+        here = threading.get_ident() == self.thread
+        if here and (request.answer or request.error or request.body_rcv is None):
+            self.at_once.append(channel)
+        else:
+            self.task_dispatcher.add_task(channel)
+
+    def pull_trigger(self) -> None:
+        if threading.get_ident() != self.thread:  # which comes round to its loop by itself
+            super().pull_trigger()
+
+    def log_request(self, task: Task) -> None:
+        """A line in the common log format; what is not printable ASCII in it is escaped."""
+        if not self.quiet:
+            line = getattr(task.request, "first_line", b"").decode("latin-1")
+            line = re.sub(r'[^\x20-\x7e]|["\\]', lambda match: f"\\x{ord(match[0]):02x}", line)
+            when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+            answer = f"{task.status[:3]} {task.content_length or '-'}"
+            sys.stderr.write(f'{task.channel.addr[0]} - - [{when}] "{line}" {answer}\n')
+
+
+@functools.cache
+def field_name(name: str) -> str:
+    """As people are used to read it."""
+    return {"etag": "ETag", "www-authenticate": "WWW-Authenticate"}.get(name, name.title())
+
+
+# == The program ==================================================================================
+
+GRACE = 10  # seconds that requests in flight have to finish after SIGTERM or Ctrl-C
+CONNECTIONS = 4000  # at once, where the limit on open files admits them
+
+
+def make_server(app: WSGIApplication, repository: Repository, options: argparse.Namespace) -> Any:
+    """A waitress server, listening; its own kind where waitress has what that relies on."""
+    settings: dict[str, Any] = {
+        "host": options.host, "port": options.port, "threads": options.threads, "ident": "artefacts",
+        "recv_bytes": 128 * 1024, "asyncore_use_poll": True, "connection_limit": connection_limit(),
+        "max_request_body_size": 1 << 62, "max_request_header_size": 64 * 1024,
+        "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
+    }
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
+    required = ((of, name) for of, names in REQUIRED for name in names.split())
+    missing = [f"{of.__name__}.{name}" for of, name in required if not hasattr(of, name)]
+    if missing:
+        log.warning("this waitress lacks %s: large uploads and small fetches are slower", ", ".join(missing))
+        return waitress.server.create_server(app, **settings)
+    return Server(app, repository, options.quiet, **settings)
+
+
+def connection_limit() -> int:
+    """How many connections can be held, each with a file, after asking for as many as may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS + 200
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(10, min(CONNECTIONS, (soft - 200) // 2))
+
+
+def run(server: Any) -> None:
+    """Serves until SIGTERM or Ctrl-C; then lets requests in flight finish, GRACE seconds at most."""
+
+    def stop(number: int, frame: object) -> None:
+        if stopping:
+            raise SystemExit(1)  # the second signal does not wait
+        stopping.append(number)
+        server.trigger.pull_trigger()
+
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    while not stopping:
+        waitress.wasyncore.loop(timeout=30, use_poll=True, map=server._map, count=1)
+    waitress.wasyncore.dispatcher.close(server)  # no new connections
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and server.active_channels:
+        for channel in server.active_channels.values():
+            channel.will_close |= not (channel.requests or channel.request or channel.total_outbufs_len)
+        waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
+    server.task_dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
+    waitress.wasyncore.close_all(server._map, ignore_all=True)
+
+
+def number_of_bytes(text: str) -> int:
+    """`2GiB`, `500MB`, `1048576`."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", text.strip(), re.I)
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes, such as 1048576, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(match[1]) * int((1024 if match[3] else 1000) ** power)
+
+
+def number_of_versions(text: str) -> int:
+    if text != "all" and not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor 'all'")
+    return ALL if text == "all" else int(text)
+
+
+class Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    options = Options(prog="artefacts.py", description=(__doc__ or "").partition("\n")[0])
+    add = options.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8080, help="port to listen on, 0 for a free one (default: %(default)s)")
+    add("--data", default="data", metavar="DIR", help="where the artefacts are (default: %(default)s)")
+    add("--keep-versions", type=number_of_versions, default=0, metavar="N",
+        help="versions kept before the current one, or 'all' (default: 0)")
+    add("--max-size", type=number_of_bytes, metavar="BYTES",
+        help="largest artefact accepted, such as 2GiB (default: any)")
+    add("--threads", type=int, default=8, metavar="N",
+        help="requests worked on at once (default: %(default)s)")
+    add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
+    add("--quiet", action="store_true", help="no line for each request")
+    return options.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    try:
+        repository = Repository(options.data, keep_versions=options.keep_versions, fsync=not options.no_fsync)
+        app = application(repository, Settings(options.max_size))
+        server = make_server(app, repository, options)
+    except (OSError, ValueError, OverflowError) as error:
+        sys.stderr.write(f"artefacts.py: {error}\n")
+        return 2
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{host}:{server.effective_port}/artefacts/", flush=True)
+    run(server)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
