@@ -38,9 +38,12 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
+import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -53,8 +56,10 @@ import shutil
 import signal
 import stat
 import sys
+import tarfile
 import threading
 import time
+import tomllib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -72,6 +77,7 @@ import waitress.wasyncore
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+    from falcon.media.multipart import BodyPart
 
 # == Values and errors ============================================================================
 
@@ -151,6 +157,14 @@ class UnsatisfiableRange(ArtefactsError):
 
 class OutOfSpace(ArtefactsError):
     """The disk has less room than is needed."""
+
+
+class Unauthenticated(ArtefactsError):
+    """Nobody known asks, for what only somebody known may have."""
+
+
+class Forbidden(ArtefactsError):
+    """Who asks may not have or do this."""
 
 
 class Damaged(ArtefactsError):
@@ -296,6 +310,13 @@ class Content:
         """At most `length` bytes from byte `start` on."""
         return os.pread(self._fd, length, start)
 
+    def read_whole(self, start: int, length: int) -> bytes:
+        """`length` bytes from byte `start` on; Damaged where there are fewer."""
+        piece = self.read(start, length)
+        if len(piece) != length:
+            raise Damaged(f"'{self._id}' became shorter while it was read. Fetch it again.")
+        return piece
+
     def sync(self) -> None:
         self._repository.sync(self._fd)
 
@@ -334,7 +355,7 @@ class Upload:
         self.fault: Exception | None = None  # raised by `verify`: set where `write` cannot raise
         self.sealed = False  # whether the staged file is complete and durable
         self._repository = repository
-        self._memory = bytearray()
+        self._memory, self._read = bytearray(), 0
         self._fd, self._name = -1, ""
         self._sha256, self._hashed = hashlib.sha256(), 0
         self._hashing: Future[None] | None = None
@@ -353,6 +374,16 @@ class Upload:
         if self._fd >= 0 and self.size - self._hashed >= HASH_AFTER:
             if self._hashing is None or self._hashing.done():
                 self._hashing = self._repository.hashers.submit(self._hash, self.size)
+
+    def read(self, size: int = -1) -> bytes:
+        """What was written, from its start on; at most `size` bytes, all the rest where negative."""
+        size = self.size - self._read if size < 0 else size
+        if self._fd < 0:
+            piece = bytes(self._memory[self._read : self._read + size])
+        else:
+            piece = os.pread(self._fd, size, self._read)
+        self._read += len(piece)
+        return piece
 
     def verify(self, length: int | None, sha256: str | None) -> None:
         """Mismatch where these are given and not those of what was written."""
@@ -523,6 +554,10 @@ class Repository:
         them: names, what is in the way, `check`, and OutOfSpace."""
         with self._look(directory, check_names(directory, id)) or contextlib.nullcontext() as current:
             check(current)
+        self.check_space(size)
+
+    def check_space(self, size: int) -> None:
+        """OutOfSpace where the disk has less than `size` bytes left."""
         free = os.statvfs(self.root)
         if size > free.f_bavail * free.f_frsize:
             raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
@@ -558,7 +593,7 @@ class Repository:
         otherwise as `push`. NotFound; Damaged where its bytes are not those that were stored."""
         with self.fetch(directory, id, version) as content, self.stage() as upload:
             for start in range(0, content.size, PIECE):
-                upload.write(content.read(start, PIECE))
+                upload.write(content.read_whole(start, min(PIECE, content.size - start)))
             if content.artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
             return self.push(upload, directory, id, type=content.artefact.type, check=check)
@@ -960,7 +995,7 @@ ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
-FORMATS = ("json", "sha256sums")
+FORMATS = ("json", "sha256sums", "tar")
 HARMLESS = {  # whatever is stored, it runs nothing here (Fetch; CSP 3)
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
@@ -1184,6 +1219,53 @@ class Resource:
         self.repository = repository
         self.settings = settings
 
+    def check_erasable(self, directory: str) -> None:
+        if self.settings.of(directory, "write_once"):
+            raise Forbidden(f"What is in '{directory}' stays: it is written once. Push under another name.")
+
+    def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str = "") -> None:
+        """Stores each file of a form (RFC 7578) under its own name, or under `id`; each is a commit
+        of its own. 201 if all were stored, else the first refusal's status, and the list."""
+        if not is_form(req):
+            raise Unsupported("A directory takes a form's files (curl -F file=@f). PUT artefacts below it.")
+        length = body_length(req.env)
+        check_names(directory, id or "-")
+        self.repository.check_space(length or 0)
+        end_first_look(req)
+        body = req.env["wsgi.input"]
+        if isinstance(body, Upload):
+            body.verify(length, None)
+        stored: list[Artefact] = []
+        refused: list[dict[str, Any]] = []
+        for name, part in files_of_form(req, length):
+            try:
+                stored.append(self._push_part(directory, id or name, part))
+            except (ArtefactsError, OSError) as error:
+                status, detail = answer_to(error)
+                refused.append({"id": id or name, "status": status, "detail": detail})
+        base = base_of(req)
+        rows = ", ".join(artefact_json(artefact, base) for artefact in stored)
+        text = f'"directory": {_json(directory)}, "artefacts": [{rows}], "refused": {json.dumps(refused)}}}'
+        if refused:
+            resp.status = falcon.code_to_http_status(refused[0]["status"])
+            detail = f"{len(stored)} stored, {len(refused)} refused: 'refused' tells which, and why."
+            text = problem(str(resp.status), detail).decode().rstrip("}\n") + ", " + text
+            render_json(resp, text, "application/problem+json")
+        elif not stored:
+            raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
+        else:
+            resp.status = falcon.HTTP_201
+            render_json(resp, "{" + text)
+
+    def _push_part(self, directory: str, id: str, part: BodyPart) -> Artefact:
+        check = absence(directory, id, no_check)
+        self.repository.admit(directory, id, 0, check)
+        with self.repository.stage(self.settings.of(directory, "max_size")) as upload:
+            while piece := part.stream.read(PIECE):
+                upload.write(piece)
+            type = type_of(id, part.content_type if part.content_type != "text/plain" else None)
+            return self.repository.push(upload, directory, id, type=type, check=check)[0]
+
     def on_propfind(self, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
         # sccache asks so before it writes; it takes 404 for "not there yet", and gives up at 405
         raise NotFound("This is no WebDAV collection. PUT works without one.")
@@ -1203,7 +1285,8 @@ class Directories(Resource):
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         end_first_look(req)
-        names, base = self.repository.directories(), base_of(req)
+        who, base = req.env["artefacts.who"], base_of(req)
+        names = [name for name in self.repository.directories() if who.may("read", name)]
         rows = (f'{{"directory": {_json(name)}, "href": {_json(href(base, name))}}}' for name in names)
         render_json(resp, f'{{"directories": [{", ".join(rows)}]}}')
 
@@ -1228,7 +1311,12 @@ class Directory(Resource):
             following = next_page(req, directory, found[-1].id)
             resp.append_link(following, "next")
         resp.set_header("Vary", "Accept")
-        if format == "sha256sums":
+        if format == "tar":
+            resp.content_type = "application/x-tar"
+            resp.set_header("Content-Disposition", content_disposition(f"{directory}.tar"))
+            if req.method == "GET":
+                resp.stream = tar(self.repository, found)
+        elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
             resp.text = "".join(f"{artefact.sha256}  {artefact.id}\n" for artefact in found)
         else:
@@ -1239,7 +1327,11 @@ class Directory(Resource):
 
     on_head = on_get
 
+    def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+        self.push_form(req, resp, directory)
+
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+        self.check_erasable(directory)
         end_first_look(req)
         self.repository.delete_directory(directory)
         resp.status = falcon.HTTP_204
@@ -1302,19 +1394,21 @@ class ArtefactResource(Resource):
             send_file(req, resp, content, start, length)
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        self._push(req, resp, directory, id, preconditions(req))
+        self._push(req, resp, directory, id, self._check(req, directory, id))
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        check = preconditions(req)
         if req.has_param("restore"):
             end_first_look(req)
-            version = req.get_param("restore") or ""
+            version, check = req.get_param("restore") or "", self._check(req, directory, id)
             restored, _ = self.repository.restore(directory, id, version, check=check)
             self._tell_stored(req, resp, restored, created=True)
+        elif is_form(req):
+            self.push_form(req, resp, directory, id)
         else:
-            self._push(req, resp, directory, id, absence(directory, id, check))
+            self._push(req, resp, directory, id, absence(directory, id, preconditions(req)))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        self.check_erasable(directory)
         end_first_look(req)
         check = preconditions(req)
         if req.has_param("versions"):
@@ -1325,10 +1419,17 @@ class ArtefactResource(Resource):
             self.repository.delete(directory, id, check=check)
         resp.status = falcon.HTTP_204
 
+    def _check(self, req: falcon.Request, directory: str, id: str) -> Check:
+        """What is to be decided before what is current is replaced."""
+        check = preconditions(req)
+        return absence(directory, id, check) if self.settings.of(directory, "write_once") else check
+
     def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
               check: Check) -> None:
+        if is_form(req):
+            raise Unsupported("A form is not stored as it is. POST it, or PUT the file itself.")
         length, sha256 = body_length(req.env), announced_sha256(req.env)
-        limit = self.settings.max_size
+        limit = self.settings.of(directory, "max_size")
         if limit is not None and length is not None and length > limit:
             raise TooLarge(f"At most {limit} bytes are accepted here. Send less.")
         body = req.env["wsgi.input"]
@@ -1392,7 +1493,7 @@ def absence(directory: str, id: str, check: Check) -> Check:
 
     def check_absence(current: Content | None) -> None:
         if current is not None:
-            raise Conflict(f"'{directory}' has an artefact '{id}' already. PUT replaces it.")
+            raise Conflict(f"'{directory}' has an artefact '{id}' already. Choose another name.")
         check(current)
 
     return check_absence
@@ -1410,8 +1511,34 @@ def next_page(req: falcon.Request, directory: str, after: str) -> str:
     return f"{href(base_of(req), directory)}?{urlencode(query | {'after': after})}"
 
 
-def render_json(resp: falcon.Response, text: str) -> None:
-    resp.content_type = "application/json"
+def is_form(req: falcon.Request) -> bool:
+    return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
+
+
+def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, BodyPart]]:
+    """(name without folders, in which browsers differ; part) of a form's files."""
+    handler = falcon.media.MultipartFormHandler()
+    handler.parse_options.max_body_part_count = 0  # any number
+    for part in handler.deserialize(body_of(req, length), req.content_type, length):
+        if part.filename:  # else a field, or a file that was not chosen
+            yield part.filename.replace("\\", "/").rpartition("/")[2], part
+
+
+def tar(repository: Repository, artefacts: Iterable[Artefact]) -> Iterator[bytes]:
+    """The artefacts as a POSIX (pax) archive, with their times."""
+    for artefact in artefacts:
+        with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
+            info = tarfile.TarInfo(artefact.id)
+            info.size, info.mtime = content.size, content.time / 1e6
+            yield info.tobuf(tarfile.PAX_FORMAT)
+            for start in range(0, content.size, PIECE):
+                yield content.read_whole(start, min(PIECE, content.size - start))
+            yield bytes(-content.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def render_json(resp: falcon.Response, text: str, type: str = falcon.MEDIA_JSON) -> None:
+    resp.content_type = type
     resp.set_header("Cache-Control", "no-cache")
     resp.data = text.encode() + b"\n"
 
@@ -1435,9 +1562,14 @@ def pieces(file: io.FileIO, start: int, stop: int) -> Iterator[bytes]:
             yield piece
 
 
+def body_of(req: falcon.Request, length: int | None) -> Any:
+    """The body as a file: by its length, or, where it is chunked, to the end that the server sets."""
+    return req.env["wsgi.input"] if length is None else req.bounded_stream
+
+
 def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
     """Streams a request's body into an upload, on servers that leave that to the application."""
-    stream = req.env["wsgi.input"] if length is None else req.bounded_stream
+    stream = body_of(req, length)
     while True:
         try:
             piece = stream.read(PIECE)
@@ -1451,7 +1583,8 @@ def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
 # == Errors: one mapping from exceptions to answers ===============================================
 
 STATUSES: dict[type[ArtefactsError], int] = {
-    InvalidName: 400, InvalidRequest: 400, Mismatch: 400, NotFound: 404, Conflict: 409,
+    InvalidName: 400, InvalidRequest: 400, Mismatch: 400, Unauthenticated: 401, Forbidden: 403,
+    NotFound: 404, Conflict: 409,
     PreconditionFailed: 412, TooLarge: 413, Unsupported: 415, UnsatisfiableRange: 416,
     Damaged: 500, OutOfSpace: 507,
 }
@@ -1488,47 +1621,251 @@ def serialize_problem(req: falcon.Request, resp: falcon.Response, error: falcon.
     resp.set_header("Cache-Control", "no-store")
 
 
-def refuse(req: falcon.Request, resp: falcon.Response, error: ArtefactsError, params: Any) -> NoReturn:
-    raise falcon.HTTPError(STATUSES[type(error)], description=error.detail, headers=dict(error.headers or {}))
+def answer_to(error: Exception) -> tuple[int, str]:
+    """(status, detail) of whatever went wrong; OSError and the unforeseen tell no more than helps."""
+    if isinstance(error, ArtefactsError):
+        return STATUSES[type(error)], error.detail
+    if isinstance(error, OSError) and error.errno in OS_ERRORS:
+        return OS_ERRORS[error.errno]
+    return 500, DETAILS[500]
 
 
-def fail(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> NoReturn:
-    """What goes wrong on our side stands in the log; the client is told what it can use."""
-    known = OS_ERRORS.get(error.errno) if isinstance(error, OSError) and error.errno else None
-    status, detail = known or (500, DETAILS[500])
+def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> NoReturn:
+    """The one handler of all errors. What went wrong on our side stands in the log."""
+    status, detail = answer_to(error)
     if status >= 500:
-        log.error("%s %s: %s", req.method, req.path, error, exc_info=known is None)
-    raise falcon.HTTPError(status, description=detail)
+        log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500])
+    raise falcon.HTTPError(status, description=detail, headers=dict(getattr(error, "headers", None) or {}))
+
+
+# == Access: who may do what, and what holds for which directory ==================================
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]{0,5})?", re.A)
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="artefacts", charset="UTF-8", Bearer realm="artefacts"'}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Whoever shows it may read and write the directories that match one of these shell patterns."""
+
+    name: str
+    sha256: str = ""  # hex, of the token, which itself is stored nowhere
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+    def may(self, action: str, directory: str) -> bool:
+        return any(fnmatch.fnmatchcase(directory, pattern) for pattern in getattr(self, action))
+
+
+EVERYONE = Token("-", read=("*",), write=("*",))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What holds for the directories that match `name`, a shell pattern; None: not said here."""
+
+    name: str
+    write_once: bool | None = None
+    keep_versions: int | None = None
+    max_size: int | None = None  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the resources and the gate go by."""
+
+    keep_versions: int = 0
+    max_size: int | None = None  # bytes of one artefact
+    tokens: tuple[Token, ...] = ()
+    anonymous: Token = EVERYONE
+    rules: tuple[Rule, ...] = ()
+    hosts: frozenset[str] | None = None  # names besides the loopback's; None: every name will do
+
+    def of(self, directory: str, key: str) -> Any:
+        """What the first rule that matches and says something of the key has for it."""
+        for rule in self.rules:
+            if getattr(rule, key) is not None and fnmatch.fnmatchcase(directory, rule.name):
+                return getattr(rule, key)
+        return getattr(self, key, None)
+
+    def caching(self, wanted: str) -> str:
+        return f"private, {wanted}" if self.tokens else wanted
+
+    def identify(self, authorization: str | None) -> Token:
+        """Who asks, by a Bearer token, or Basic with the token as the password. Unauthenticated
+        where it is none of those known; without tokens, telling people apart is not our business."""
+        if authorization is None or not self.tokens:
+            return self.anonymous
+        scheme, _, secret = authorization.strip().partition(" ")
+        if scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
+        digest = hashlib.sha256(secret.strip().encode()).hexdigest()
+        known = [token for token in self.tokens if hmac.compare_digest(token.sha256, digest)]
+        if scheme.lower() not in ("basic", "bearer") or not known:
+            raise Unauthenticated("This token is not known here. Send one that is, or none.", CHALLENGE)
+        return known[0]
+
+
+class Gate:
+    """Stands before every resource, on every server; at a first look, too."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: object,
+                         params: dict[str, Any]) -> None:
+        reading = req.method in ("GET", "HEAD", "OPTIONS", "PROPFIND")
+        self.check_site(req.env, reading)
+        who = self.settings.identify(req.env.get("HTTP_AUTHORIZATION"))
+        req.env["artefacts.who"] = who
+        directory = params.get("directory")
+        if directory is not None and not who.may("read" if reading else "write", directory):
+            self.turn_away(who)
+        if directory is None and not who.read and not who.write:
+            self.turn_away(who)
+
+    def turn_away(self, who: Token) -> NoReturn:
+        if who is self.settings.anonymous and self.settings.tokens:
+            raise Unauthenticated("A token is needed here. Send one as Bearer, or as a password.", CHALLENGE)
+        raise Forbidden("This is not yours to do here. Ask who runs this server.")
+
+    def check_site(self, environ: WSGIEnvironment, reading: bool) -> None:
+        """Refuses what another site makes a browser ask for (DNS rebinding; forged requests)."""
+        host = environ.get("HTTP_HOST")
+        match = HOST.fullmatch(host or "")
+        if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
+            raise InvalidRequest("The Host field is missing, or none (RFC 9112 §3.2). Mend it.")
+        if self.settings.hosts is not None and not is_loopback(match[1]):
+            if match[1].lower() not in self.settings.hosts:
+                raise Forbidden(f"This server is not known as '{match[1]}'. --allow-host makes it so.")
+        site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+        if site is not None:
+            foreign = site not in ("same-origin", "none")
+        else:
+            foreign = origin is not None and origin.partition("://")[2].lower() != (host or "").lower()
+        if foreign and not reading:
+            raise Forbidden("Another site's page may change nothing here. Use this server's own.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine to everyone."""
+    name = host.strip("[]").lower()
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def number_of_bytes(value: object) -> int:
+    """1048576, "500MB", "2GiB"."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", str(value).strip(), re.I)
+    if match is None or isinstance(value, bool) or (match[3] and not match[2]):
+        raise ValueError(f"{value!r} is no number of bytes, such as 1048576, 500MB or 2GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(match[1]) * int((1024 if match[3] else 1000) ** power)
+
+
+def number_of_versions(value: object) -> int:
+    """10, or "all"."""
+    if value != "all" and (isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value))):
+        raise ValueError(f"{value!r} is neither a number of versions nor 'all'")
+    return ALL if value == "all" else int(str(value))
+
+
+def _of_type(type: type, told: str, pattern: str = ".+") -> Callable[[object], Any]:
+    def convert(value: object) -> object:
+        if not isinstance(value, type) or (type is str and not re.fullmatch(pattern, str(value))):
+            raise ValueError(f"{value!r} is not {told}")
+        return value
+
+    return convert
+
+
+def _patterns(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(pattern, str) for pattern in value):
+        raise ValueError(f"{value!r} is not a list of patterns")
+    return tuple(value)
+
+
+_NAME = _of_type(str, "a name")
+CONFIG: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "anonymous": {"read": _patterns, "write": _patterns},
+    "token": {"name": _NAME, "sha256": _of_type(str, "the SHA-256 of a token, in hex", SHA256.pattern),
+              "read": _patterns, "write": _patterns},
+    "directory": {"name": _NAME, "write_once": _of_type(bool, "true or false"),
+                  "keep_versions": number_of_versions, "max_size": number_of_bytes},
+}
+
+
+def read_config(path: str | os.PathLike[str]) -> Settings:
+    """The settings in a TOML file. OSError; ValueError names the place of a mistake: nothing in the
+    file is ignored."""
+    with open(path, "rb") as file:
+        try:
+            table = tomllib.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONFIG}
+    for name, sections in table.items():
+        if name not in CONFIG:
+            raise ValueError(f"{path}: '{name}' is none of {', '.join(CONFIG)}")
+        sections = [sections] if name == "anonymous" else sections
+        for number, section in enumerate(sections if isinstance(sections, list) else [None], 1):
+            place = f"{path}: [[{name}]] {number}" if name != "anonymous" else f"{path}: [anonymous]"
+            found[name].append(_checked(place, section, CONFIG[name]))
+    names = [token["name"] for token in found["token"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two tokens have the same name")
+    tokens = tuple(Token(**token) for token in found["token"])
+    closed = bool(tokens or found["anonymous"])
+    anonymous = Token("-", **dict(*found["anonymous"])) if closed else EVERYONE
+    rules = tuple(Rule(**rule) for rule in found["directory"])
+    return Settings(tokens=tokens, anonymous=anonymous, rules=rules)
+
+
+def _checked(place: str, section: object, keys: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    if not isinstance(section, dict):
+        raise ValueError(f"{place} is not a table")
+    for key in section:
+        if key not in keys:
+            raise ValueError(f"{place}: unknown key '{key}'; known are {', '.join(keys)}")
+    for key in ("name", "sha256"):
+        if key in keys and key not in section:
+            raise ValueError(f"{place}: '{key}' is missing")
+    try:
+        return {key: keys[key](value) for key, value in section.items()}
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 # == The application ==============================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the resources go by."""
-
-    max_size: int | None = None  # bytes of one artefact
-
-    def caching(self, wanted: str) -> str:
-        return wanted
-
-
 def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0, max_size: int | None = None,
-               fsync: bool = True) -> falcon.App[Any, Any]:
+               fsync: bool = True, config: str | os.PathLike[str] | None = None) -> falcon.App[Any, Any]:
     """The repository in `data` (made where it is missing) as a WSGI application.
 
     keep_versions: versions kept before the current one (ALL: every one); max_size: bytes of one
-    artefact; fsync: False gives up durability in a power cut. OSError where `data` cannot be used."""
-    return application(Repository(data, keep_versions=keep_versions, fsync=fsync), Settings(max_size))
+    artefact; fsync: False gives up durability in a power cut; config: a TOML file of tokens and rules
+    for directories, without which everyone may do everything. OSError where `data` or `config`
+    cannot be used; ValueError for a mistake in the latter."""
+    settings = read_config(config) if config is not None else Settings()
+    settings = replace(settings, keep_versions=keep_versions, max_size=max_size)
+    return application(make_repository(data, settings, fsync), settings)
+
+
+def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool) -> Repository:
+    def keep_versions(directory: str) -> int:
+        return int(settings.of(directory, "keep_versions"))
+
+    return Repository(data, keep_versions=keep_versions, fsync=fsync)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
-    app: falcon.App[Any, Any] = falcon.App()
+    app: falcon.App[Any, Any] = falcon.App(middleware=[Gate(settings)])
     app.req_options.strip_url_path_trailing_slash = True
     app.set_error_serializer(serialize_problem)
-    app.add_error_handler(Exception, fail)
-    app.add_error_handler(ArtefactsError, refuse)
+    app.add_error_handler(Exception, refuse)  # but of the framework's own, whose handlers are nearer
     app.add_route("/", Root())
     for base in ("/artefacts", "/artefact"):
         app.add_route(base, Directories(repository, settings))
@@ -1561,7 +1898,7 @@ REQUIRED = (
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes read and sent at once; of larger pieces much is read again and again
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
-Answer = tuple[str, list[tuple[str, str]], Iterable[bytes]]  # status, fields, content
+Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
 
 class Body:
@@ -1638,14 +1975,15 @@ class Task(waitress.task.WSGITask):
             content = problem(self.status, f"{request.error.body}. Mend the request.")
             fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
             body: Iterable[bytes] = [content]
+            who = "-"
         else:
-            self.status, fields, body = request.answer or channel.server.ask(self.get_environment())
+            self.status, fields, body, who = request.answer or channel.server.ask(self.get_environment())
         try:
             self.write_answer(fields, body)
         finally:
             if hasattr(body, "close"):
                 body.close()
-        channel.server.log_request(self)
+        channel.server.log_request(self, who)
 
     def write_answer(self, fields: list[tuple[str, str]], body: Iterable[bytes]) -> None:
         request, channel = self.request, self.channel
@@ -1753,7 +2091,8 @@ class Server(waitress.server.TcpWSGIServer):
 
         started: list[Any] = []
         body: Iterable[bytes] = self.application(environ, start_response)
-        return started[0], started[1], body
+        who = environ.get("artefacts.who", EVERYONE).name
+        return started[0], started[1], body, who
 
     def add_task(self, channel: Channel) -> None:
         request = channel.requests[0]
@@ -1767,14 +2106,17 @@ class Server(waitress.server.TcpWSGIServer):
         if threading.get_ident() != self.thread:  # which comes round to its loop by itself
             super().pull_trigger()
 
-    def log_request(self, task: Task) -> None:
+    def log_request(self, task: Task, who: str) -> None:
         """A line in the common log format; what is not printable ASCII in it is escaped."""
         if not self.quiet:
             line = getattr(task.request, "first_line", b"").decode("latin-1")
-            line = re.sub(r'[^\x20-\x7e]|["\\]', lambda match: f"\\x{ord(match[0]):02x}", line)
             when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
             answer = f"{task.status[:3]} {task.content_length or '-'}"
-            sys.stderr.write(f'{task.channel.addr[0]} - - [{when}] "{line}" {answer}\n')
+            sys.stderr.write(f'{task.channel.addr[0]} - {escaped(who)} [{when}] "{escaped(line)}" {answer}\n')
+
+
+def escaped(text: str) -> str:
+    return re.sub(r'[^\x20-\x7e]|["\\]', lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @functools.cache
@@ -1840,19 +2182,16 @@ def run(server: Any) -> None:
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
-def number_of_bytes(text: str) -> int:
-    """`2GiB`, `500MB`, `1048576`."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", text.strip(), re.I)
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of bytes, such as 1048576, 500MB or 2GiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(match[1]) * int((1024 if match[3] else 1000) ** power)
+def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
+    """As argparse wants it, so that it tells the reason."""
 
+    def converted(text: str) -> int:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def number_of_versions(text: str) -> int:
-    if text != "all" and not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor 'all'")
-    return ALL if text == "all" else int(text)
+    return converted
 
 
 class Options(argparse.ArgumentParser):
@@ -1866,24 +2205,55 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8080, help="port to listen on, 0 for a free one (default: %(default)s)")
     add("--data", default="data", metavar="DIR", help="where the artefacts are (default: %(default)s)")
-    add("--keep-versions", type=number_of_versions, default=0, metavar="N",
+    add("--keep-versions", type=as_argument(number_of_versions), default=0, metavar="N",
         help="versions kept before the current one, or 'all' (default: 0)")
-    add("--max-size", type=number_of_bytes, metavar="BYTES",
+    add("--max-size", type=as_argument(number_of_bytes), metavar="BYTES",
         help="largest artefact accepted, such as 2GiB (default: any)")
     add("--threads", type=int, default=8, metavar="N",
         help="requests worked on at once (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
+    add("--config", metavar="FILE", help="tokens, and rules for directories (TOML)")
+    add("--open", action="store_true", help="without tokens, serve the network all the same")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="without tokens, a name besides the loopback's that this server is asked by")
+    add("--new-token", metavar="NAME", help="print a new token and its lines for --config, and exit")
     add("--quiet", action="store_true", help="no line for each request")
     return options.parse_args(arguments)
+
+
+def new_token(name: str) -> str:
+    """A token, and the lines for --config that make it known."""
+    token = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    return (
+        f"{token}\n\n# the token above is stored nowhere; these lines are for the --config file:\n"
+        f'[[token]]\nname = {json.dumps(name)}\nsha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
+    )
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """OSError, ValueError as `read_config`; ValueError where the network would be let in unasked."""
+    settings = read_config(options.config) if options.config is not None else Settings()
+    if not settings.tokens and not options.open and not is_loopback(options.host):
+        raise ValueError(
+            f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
+            "(--new-token, --config), listen on 127.0.0.1, or say --open"
+        )
+    guarded = is_loopback(options.host) and not settings.tokens
+    hosts = frozenset(name.lower() for name in options.allow_host) if guarded else None
+    return replace(settings, keep_versions=options.keep_versions, max_size=options.max_size, hosts=hosts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
+    if options.new_token is not None:
+        print(new_token(options.new_token))
+        return 0
     try:
-        repository = Repository(options.data, keep_versions=options.keep_versions, fsync=not options.no_fsync)
-        app = application(repository, Settings(options.max_size))
-        server = make_server(app, repository, options)
+        settings = settings_of(options)
+        repository = make_repository(options.data, settings, not options.no_fsync)
+        server = make_server(application(repository, settings), repository, options)
     except (OSError, ValueError, OverflowError) as error:
         sys.stderr.write(f"artefacts.py: {error}\n")
         return 2
