@@ -294,9 +294,16 @@ class Content:
             self._artefact = found if found.time == self.time else replace(found, time=self.time)
         return self._artefact
 
-    def digested(self) -> Artefact:
-        """The same with the digest, computed (the whole file read) and remembered if it must be."""
+    def is_stamped(self) -> bool:
+        """Whether a digest was ever stored with the file, be it of other bytes."""
+        return bool(_attribute(self._fd, DIGEST_ATTRIBUTE))
+
+    def digested(self, anew: bool = False) -> Artefact:
+        """The same with the digest, computed (the whole file read) where it is not known, and then
+        remembered. `anew`: computed in any case; a known one is not replaced."""
         artefact = self.artefact
+        if anew and artefact.sha256 is not None:
+            return replace(artefact, sha256=_sha256(self._fd))
         if artefact.sha256 is None:
             # A change within one tick of the file system's clock would bear the same time.
             time.sleep(min(max(0, self._status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
@@ -542,6 +549,30 @@ class Repository:
             if artefact.time <= at:
                 return artefact.version
         raise NotFound(f"'{id}' has no version as old as that; ?versions lists them.")
+
+    def verify(self) -> Iterator[tuple[Artefact, str]]:
+        """Reads every artefact and every version, and tells of each what its bytes are: "whole",
+        "damaged" (not what was stored), "changed" (edited in place, which its stamp tells from
+        damage) or "new" (never digested). The digests of the last two are remembered."""
+        for directory in self.directories():
+            with contextlib.suppress(NotFound), Descriptor(self._open_directory(directory)) as folder:
+                for id, *_ in _walk(folder, "", "", ""):
+                    yield from self._verify(directory, id, None)
+            with contextlib.suppress(FileNotFoundError):
+                with Descriptor(self._open_folder(directory, VERSIONS)) as folder:
+                    for path, *_ in _walk(folder, "", "", ""):
+                        id, _, version = path.rpartition("/")
+                        if id and VERSION.fullmatch(version):
+                            yield from self._verify(directory, id, version)
+
+    def _verify(self, directory: str, id: str, version: str | None) -> Iterator[tuple[Artefact, str]]:
+        with contextlib.suppress(NotFound), self.fetch(directory, id, version) as content:
+            stored, stamped = content.artefact.sha256, content.is_stamped()
+            artefact = content.digested(anew=True)
+            if stored is None:
+                yield artefact, "changed" if stamped else "new"
+            else:
+                yield artefact, "whole" if stored == artefact.sha256 else "damaged"
 
     # -- writing: what these have done is durable when they return --
 
@@ -2194,6 +2225,23 @@ def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
     return converted
 
 
+def verify(repository: Repository) -> int:
+    """Tells of everything that is not as it was stored; 1 where something is damaged."""
+    counts, read, shown = dict.fromkeys(("whole", "new", "changed", "damaged"), 0), 0, sys.stderr.isatty()
+    for artefact, found in repository.verify():
+        counts[found] += 1
+        read += artefact.size
+        if shown:
+            sys.stderr.write(f"\r{sum(counts.values())} files, {read / 1e6:.0f} MB read ")
+            sys.stderr.flush()
+        if found != "whole":
+            print(f"{found}: {artefact.directory}/{artefact.id} {artefact.version}", flush=True)
+    if shown:
+        sys.stderr.write("\n")
+    print(", ".join(f"{number} {found}" for found, number in counts.items()))
+    return 1 if counts["damaged"] else 0
+
+
 class Options(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
@@ -2217,6 +2265,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="without tokens, a name besides the loopback's that this server is asked by")
     add("--new-token", metavar="NAME", help="print a new token and its lines for --config, and exit")
+    add("--verify", action="store_true", help="read everything, tell what is damaged, and exit")
     add("--quiet", action="store_true", help="no line for each request")
     return options.parse_args(arguments)
 
@@ -2253,6 +2302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = settings_of(options)
         repository = make_repository(options.data, settings, not options.no_fsync)
+        if options.verify:
+            return verify(repository)
         server = make_server(application(repository, settings), repository, options)
     except (OSError, ValueError, OverflowError) as error:
         sys.stderr.write(f"artefacts.py: {error}\n")
