@@ -638,7 +638,7 @@ class Repository:
             kept = self._kept(directory, segments) if keep < ALL else []
             if keep:
                 self._keep(current, segments, current.time)
-                kept.append(current.artefact.version)
+                kept = sorted({*kept, current.artefact.version})
             self._unlink(directory, segments)
             self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
 
@@ -711,7 +711,7 @@ class Repository:
             upload.seal(staged)
         if current is not None and keep:
             self._keep(current, segments, staged.time)
-            kept.append(current.artefact.version)
+            kept = sorted({*kept, current.artefact.version})  # a crash may have linked it before
         try:
             upload.move(folder, segments[-1])
         except IsADirectoryError:  # an empty one, or `_look` would have refused
@@ -749,7 +749,11 @@ class Repository:
         """The names of the kept versions, oldest first."""
         try:
             with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
-                return sorted(filter(VERSION.fullmatch, os.listdir(kept)))
+                with os.scandir(kept) as entries:
+                    return sorted(
+                        entry.name for entry in entries
+                        if VERSION.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                    )
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -841,17 +845,18 @@ class Repository:
         folder = os.dup(self.own(ROOT))
         for name in names:
             with Descriptor(folder) as parent:
+                made = False
                 try:
                     folder = os.open(name, FOLDER, dir_fd=parent)
                 except FileNotFoundError:
                     os.mkdir(name, dir_fd=parent)
-                    folder = os.open(name, FOLDER, dir_fd=parent)
+                    folder, made = os.open(name, FOLDER, dir_fd=parent), True
                 except NotADirectoryError:
                     raise _in_the_way("/".join(names[1:])) from None
-                status = os.fstat(folder)
-                if (status.st_dev, status.st_ino) not in self._durable_folders:
+                identity = (status := os.fstat(folder)).st_dev, status.st_ino
+                if made or identity not in self._durable_folders:
                     self.sync(parent)
-                    self._durable_folders.add((status.st_dev, status.st_ino))
+                    self._durable_folders.add(identity)
         return folder
 
     def _look(self, directory: str, segments: Sequence[str]) -> Content | None:
@@ -1027,6 +1032,7 @@ BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", 
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
 FORMATS = ("json", "sha256sums", "tar")
+NOT_MODIFIED = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
 HARMLESS = {  # whatever is stored, it runs nothing here (Fetch; CSP 3)
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
@@ -1340,7 +1346,7 @@ class Directory(Resource):
         if limit is not None and len(found) > limit:
             del found[limit:]
             following = next_page(req, directory, found[-1].id)
-            resp.append_link(following, "next")
+            resp.set_header("Link", f'<{following}>; rel="next"')
         resp.set_header("Vary", "Accept")
         if format == "tar":
             resp.content_type = "application/x-tar"
@@ -1409,10 +1415,12 @@ class ArtefactResource(Resource):
         if status is None and "HTTP_RANGE" in req.env and req.method == "GET":
             field, if_range = req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE")
             part = byte_range(field, if_range, artefact.size, etag, modified)
-        resp.set_headers(representation_fields(artefact, base_of(req), self.settings.caching(caching)))
+        fields = representation_fields(artefact, base_of(req), self.settings.caching(caching))
         if status is not None:
             resp.status = falcon.HTTP_304
+            resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED])
             return
+        resp.set_headers(fields)
         start, length = part or (0, artefact.size)
         if part is not None:
             resp.status = falcon.HTTP_206
@@ -1453,7 +1461,9 @@ class ArtefactResource(Resource):
     def _check(self, req: falcon.Request, directory: str, id: str) -> Check:
         """What is to be decided before what is current is replaced."""
         check = preconditions(req)
-        return absence(directory, id, check) if self.settings.of(directory, "write_once") else check
+        if self.settings.of(directory, "write_once"):
+            return absence(directory, id, check, "It is written once. Choose another name.")
+        return check
 
     def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
               check: Check) -> None:
@@ -1519,12 +1529,12 @@ def preconditions(req: falcon.Request) -> Check:
     return check if conditions else no_check
 
 
-def absence(directory: str, id: str, check: Check) -> Check:
+def absence(directory: str, id: str, check: Check, hint: str = "PUT replaces it.") -> Check:
     """That nothing is there yet, and `check`."""
 
     def check_absence(current: Content | None) -> None:
         if current is not None:
-            raise Conflict(f"'{directory}' has an artefact '{id}' already. Choose another name.")
+            raise Conflict(f"'{directory}' has an artefact '{id}' already. {hint}")
         check(current)
 
     return check_absence
