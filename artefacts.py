@@ -594,8 +594,9 @@ class Repository:
             raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None,
-             check: Check = no_check) -> tuple[Artefact, bool]:
+             check: Check = no_check, wait: bool = True) -> tuple[Artefact, bool]:
         """Commits an upload under its name: the artefact now current, and whether it is new.
+        BlockingIOError where the directory's lock is taken and is not to be waited for.
 
         `check` receives what is current (or None), under the lock, and raises to refuse; what it
         raises passes. Where these very bytes are current already, nothing changes. Conflict
@@ -605,7 +606,7 @@ class Repository:
         with self._look(directory, segments) or contextlib.nullcontext() as current:
             if not _same(current, staged):  # else nothing is written at all
                 upload.seal(staged)
-        with self._locked(directory) as lock:
+        with self._locked(directory, wait) as lock:
             with self._look(directory, segments) or contextlib.nullcontext() as current:
                 check(current)
                 with Descriptor(self._make_folder(directory, *segments[:-1])) as folder:
@@ -689,11 +690,11 @@ class Repository:
     # -- the steps of a commit, under the directory's lock --
 
     @contextlib.contextmanager
-    def _locked(self, directory: str) -> Iterator[Descriptor]:
+    def _locked(self, directory: str, wait: bool = True) -> Iterator[Descriptor]:
         """Holds the directory's lock, against threads, processes and hosts alike, until closed."""
         lock = Descriptor(self.open_in(LOCKS, directory, LOCK))
         with lock as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lock
 
     def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
@@ -1235,7 +1236,7 @@ _json = json.encoder.encode_basestring_ascii
 # == Resources ====================================================================================
 
 SMALL = 128 * 1024  # bytes: what is not longer is read at once, what is longer is streamed
-FIRST_LOOK = "artefacts.first_look"  # in the environ: see the part on waitress
+FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "On waitress"
 
 
 class Later(falcon.HTTPStatus):
@@ -1477,15 +1478,21 @@ class ArtefactResource(Resource):
         received = isinstance(body, Upload)  # by the part on waitress
         if received:
             body.limit = limit
-        if FIRST_LOOK in req.env or not received:
+        if not received or req.env.get(FIRST_LOOK) is False:
             self.repository.admit(directory, id, length or 0, check)
-        end_first_look(req)
+        at_once = received and req.env.get(FIRST_LOOK) is True and not self.repository.durable
+        if not at_once:
+            end_first_look(req)
         with contextlib.nullcontext(body) if received else self.repository.stage(limit) as upload:
             if not received:
                 receive(req, length, upload)
             upload.verify(length, sha256)
             type = type_of(id, req.content_type)
-            artefact, created = self.repository.push(upload, directory, id, type=type, check=check)
+            try:
+                stored = self.repository.push(upload, directory, id, type=type, check=check, wait=not at_once)
+            except BlockingIOError:
+                raise Later from None
+        artefact, created = stored
         self._tell_stored(req, resp, artefact, created)
 
     def _tell_stored(self, req: falcon.Request, resp: falcon.Response, artefact: Artefact,
@@ -1999,7 +2006,7 @@ class Parser(waitress.parser.HTTPRequestParser):
     def first_look(self) -> bool:
         """Whether the application has an answer already; it is kept in `answer`."""
         environ = Task(self.channel, self).get_environment()
-        environ[FIRST_LOOK] = True
+        environ[FIRST_LOOK] = self.completed
         answer = self.channel.server.ask(environ)
         if not answer[0].startswith("100"):
             self.answer = answer
@@ -2136,12 +2143,16 @@ class Server(waitress.server.TcpWSGIServer):
         return started[0], started[1], body, who
 
     def add_task(self, channel: Channel) -> None:
-        request = channel.requests[0]
-        here = threading.get_ident() == self.thread
-        if here and (request.answer or request.error or request.body_rcv is None):
+        if threading.get_ident() == self.thread and self.is_short(channel.requests[0]):
             self.at_once.append(channel)
         else:
             self.task_dispatcher.add_task(channel)
+
+    def is_short(self, request: Parser) -> bool:
+        """Whether the answer is there or may be had at once. What is durable has to be waited for."""
+        if request.answer or request.error or request.body_rcv is None:
+            return True
+        return not self.repository.durable and request.body_rcv.buf.upload.size <= PIECE
 
     def pull_trigger(self) -> None:
         if threading.get_ident() != self.thread:  # which comes round to its loop by itself
