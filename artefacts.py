@@ -60,8 +60,9 @@ import tarfile
 import threading
 import time
 import tomllib
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -485,6 +486,8 @@ class Repository:
         self._own: dict[str, int] = {}
         os.makedirs(data, exist_ok=True)
         self.root = os.path.realpath(data)
+        for name in (INCOMING, LOCKS, TRASH):
+            self.own(name)
         self.sweep()
 
     # -- reading: no lock; one file is opened, and that inode read to its end --
@@ -498,9 +501,10 @@ class Repository:
             )
 
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "",
-                  digests: bool = False) -> Iterator[Artefact]:
-        """The artefacts of a directory whose id begins with `prefix` and sorts behind `after`,
-        by id. NotFound where it is missing. `digests`: compute those that are not known yet."""
+                  digests: bool = False) -> Generator[Artefact, None, None]:
+        """The artefacts of a directory whose id begins with `prefix` and sorts behind `after`, by id.
+        NotFound where it is missing. `digests`: compute those that are not known yet. Who does not
+        read to the end closes it."""
         with Descriptor(self._open_directory(directory)) as folder:
             for id, within, entry in _walk(folder, "", prefix, after):
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
@@ -523,11 +527,12 @@ class Repository:
         if version is None:
             raise NotFound(f"'{directory}' has no artefact '{id}'.")
         # The current one was looked at first: a version is linked before it is replaced.
-        at = version_time(version)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, Conflict):
-            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
-                return self._open(kept, version, directory, id, at)
-        raise NotFound(f"'{id}' has no version '{version}'; ?versions lists them.")
+        at, kept = version_time(version), None
+        with contextlib.suppress(Conflict):
+            kept = self._look(directory, (VERSIONS, *segments, version), id, at)
+        if kept is None:
+            raise NotFound(f"'{id}' has no version '{version}'; ?versions lists them.")
+        return kept
 
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
         """All versions, newest first, each with whether it is the current one. NotFound where
@@ -708,7 +713,7 @@ class Repository:
             self._marked(directory, segments) if keep == ALL else -1,
         )
         if staged.time <= newest or not upload.sealed:
-            staged = replace(staged, time=max(newest + 1, _now()))
+            staged = replace(staged, time=min(max(newest + 1, _now()), LAST_TIME))
             upload.seal(staged)
         if current is not None and keep:
             self._keep(current, segments, staged.time)
@@ -807,6 +812,7 @@ class Repository:
                     os.mkdir(name, dir_fd=self.own(ROOT))
                 fd = os.open(name, FOLDER, dir_fd=self.own(ROOT))
             self._own[name] = fd
+            weakref.finalize(self, os.close, fd)
         return fd
 
     def open_in(self, own: str, name: str, flags: int) -> int:
@@ -860,12 +866,14 @@ class Repository:
                     self._durable_folders.add(identity)
         return folder
 
-    def _look(self, directory: str, segments: Sequence[str]) -> Content | None:
-        """What is current, open, or None; Conflict where something else bears the name."""
-        id = "/".join(segments)
+    def _look(self, directory: str, path: Sequence[str], id: str = "",
+              time: int | None = None) -> Content | None:
+        """The file at this path, open, or None; Conflict where something else bears the name. What
+        is current has its id for a path; a version has not, nor is its time its file's for sure."""
+        id = id or "/".join(path)
         try:
-            with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
-                return self._open(folder, segments[-1], directory, id)
+            with Descriptor(self._open_folder(directory, *path[:-1])) as folder:
+                return self._open(folder, path[-1], directory, id, time)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -959,7 +967,7 @@ def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[s
         )
     for name, entry in found:
         id = inside + name
-        if not id.startswith(prefix[: len(id)]) or len(id) > MAX_ID:
+        if not id.startswith(prefix[: len(id)]) or len(id.encode()) > MAX_ID:
             continue
         if not name.endswith("/"):
             if id.startswith(prefix) and id > after:
@@ -1342,7 +1350,8 @@ class Directory(Resource):
             directory, prefix=req.get_param("prefix") or "", after=req.get_param("after") or "",
             digests=format == "sha256sums",
         )
-        found = list(itertools.islice(listing, limit and limit + 1))
+        with contextlib.closing(listing):
+            found = list(itertools.islice(listing, limit and limit + 1))
         following = None
         if limit is not None and len(found) > limit:
             del found[limit:]
@@ -1784,7 +1793,7 @@ class Gate:
         match = HOST.fullmatch(host or "")
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise InvalidRequest("The Host field is missing, or none (RFC 9112 §3.2). Mend it.")
-        if self.settings.hosts is not None and not is_loopback(match[1]):
+        if self.settings.hosts is not None and host is not None and not is_loopback(match[1]):
             if match[1].lower() not in self.settings.hosts:
                 raise Forbidden(f"This server is not known as '{match[1]}'. --allow-host makes it so.")
         site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")

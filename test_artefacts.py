@@ -1,0 +1,1097 @@
+"""What the program promises: of the repository alone, in stories; of its rules, in tables; over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from falcon import testing
+
+import artefacts as a
+
+T1, T2, T3 = "20240101T000000.000001Z", "20240102T000000.000002Z", "20240103T000000.000003Z"
+MANY = random.Random(1).randbytes(3 * 1024 * 1024 + 1)  # more than is held in memory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def repository(data: Path) -> a.Repository:
+    """One that keeps no versions."""
+    return a.Repository(data)
+
+
+@pytest.fixture
+def keeping(data: Path) -> a.Repository:
+    """One that keeps two versions."""
+    return a.Repository(data, keep_versions=2)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """What is below: each file, link (its target) and empty folder (with a slash); without the lock
+    files and without the repository's own folders where they are empty."""
+    found = {}
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if name.startswith(".locks/"):
+            continue
+        if file.is_symlink():
+            found[name] = b"-> " + os.fsencode(file.readlink())
+        elif file.is_file():
+            found[name] = file.read_bytes()
+        elif name not in (".incoming", ".locks", ".trash") and not any(file.iterdir()):
+            found[name + "/"] = b""
+    return found
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def push(repository: a.Repository, id: str, content: bytes, **options: Any) -> a.Artefact:
+    with repository.stage() as upload:
+        upload.write(content)
+        return repository.push(upload, "app", id, **options)[0]
+
+
+def fetched(repository: a.Repository, id: str, version: str | None = None) -> bytes:
+    with repository.fetch("app", id, version) as content:
+        return content.read(0, content.artefact.size)
+
+
+def drop(file: Path, content: bytes, version: str = T1) -> None:
+    """Drops a file in by hand, as if it had been stored at the instant that the version names."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
+
+
+def needs_attributes(data: Path) -> None:
+    """Skips where the file system has no extended attributes."""
+    try:
+        os.setxattr(data, "user.test", b"")
+    except (AttributeError, OSError):
+        pytest.skip("no extended attributes here")
+
+
+# == The repository alone =========================================================================
+
+
+def test_a_push_creates_then_replaces(data: Path, repository: a.Repository) -> None:
+    with repository.stage() as upload:
+        upload.write(b"o")
+        upload.write(b"ne")
+        first, created = repository.push(upload, "app", "x.txt")
+    mtime = (data / "app/x.txt").stat().st_mtime_ns
+    assert created and mtime % 1000 == 0
+    assert first == a.Artefact("app", "x.txt", 3, mtime // 1000, "text/plain", sha256(b"one"))
+    assert tree(data) == {"app/x.txt": b"one"}
+    assert repository.directories() == ["app"] and list(repository.artefacts("app")) == [first]
+
+    with repository.stage() as upload:
+        upload.write(b"two")
+        second, created = repository.push(upload, "app", "x.txt", type="text/x-two")
+    assert not created and second.time > first.time and second.type == "text/x-two"
+    assert tree(data) == {"app/x.txt": b"two"}
+
+
+def test_an_identical_push_changes_nothing(data: Path, keeping: a.Repository) -> None:
+    first, before = push(keeping, "x", b"one"), (data / "app/x").stat()
+    assert push(keeping, "x", b"one") == first
+    assert (data / "app/x").stat() == before and tree(data) == {"app/x": b"one"}
+
+
+@pytest.mark.parametrize("content", [b"", b"few", MANY], ids=["none", "few", "many"])
+def test_what_is_not_pushed_leaves_nothing(data: Path, repository: a.Repository, content: bytes) -> None:
+    def refuse(current: a.Content | None) -> None:
+        raise a.PreconditionFailed("no")
+
+    with repository.stage() as upload:
+        upload.write(content)
+        assert list(tree(data).values()) == [content] * (content is MANY)
+    with pytest.raises(a.PreconditionFailed):
+        push(repository, "x", content, check=refuse)
+    with pytest.raises(a.TooLarge), repository.stage(limit=len(content)) as upload:
+        upload.write(content)
+        upload.write(b"1")
+    with pytest.raises(a.OutOfSpace):
+        repository.admit("app", "x", 1 << 62)
+    assert tree(data) == {}
+
+
+def test_a_large_upload_in_uneven_pieces_has_the_right_digest(data: Path, repository: a.Repository) -> None:
+    sizes, content = random.Random(2), MANY + MANY[::-1]
+    with repository.stage() as upload:
+        rest = memoryview(content)
+        while rest:
+            size = sizes.choice([1, 5000, 70_000, 300_000])
+            upload.write(bytes(rest[:size]))
+            rest = rest[size:]
+        upload.verify(len(content), sha256(content))
+        for length, digest in ((len(content) + 1, None), (None, sha256(MANY))):
+            with pytest.raises(a.Mismatch):
+                upload.verify(length, digest)
+        artefact, _ = repository.push(upload, "app", "x")
+    assert (artefact.size, artefact.sha256) == (len(content), sha256(content))
+    assert tree(data) == {"app/x": content}
+
+
+def test_an_artefact_and_a_folder_do_not_share_a_name(data: Path, keeping: a.Repository) -> None:
+    push(keeping, "a", b"1")
+    push(keeping, "b/c/d", b"2")
+    for id in "a/b", "a/b/c", "b", "b/c":
+        with pytest.raises(a.Conflict):
+            push(keeping, id, b"3")
+        for gone in keeping.fetch, keeping.delete:
+            with pytest.raises(a.NotFound):
+                gone("app", id)
+    drop(data / "file", b"4")
+    with keeping.stage() as upload, pytest.raises(a.Conflict):
+        keeping.push(upload, "file", "x")
+    assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4"}
+    (data / "app/e/f").mkdir(parents=True)
+    push(keeping, "e", b"5")  # empty folders are no obstacle
+    assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4", "app/e": b"5"}
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, a.ALL])
+def test_as_many_versions_are_kept_as_is_said(data: Path, keep: int) -> None:
+    for keep_versions in keep, lambda directory: keep:
+        repository = a.Repository(data, keep_versions=keep_versions)
+        pushed = [push(repository, "d/x", b"%d" % n) for n in range(5)]
+        earlier = {f"app/.versions/d/x/{pushed[n].version}": b"%d" % n for n in range(max(0, 4 - keep), 4)}
+        assert tree(data) == {"app/d/x": b"4", **earlier}
+        versions = [artefact.version for artefact in reversed(pushed)]
+        listed = [(artefact.version, current) for artefact, current in repository.versions("app", "d/x")]
+        assert listed == [(version, version == versions[0]) for version in versions[: keep + 1]]
+        repository.delete_directory("app")
+
+
+@pytest.mark.parametrize("keep", [0, 2, a.ALL])
+@pytest.mark.parametrize("clock", ["stands still", "goes back", "was ahead"])
+def test_versions_strictly_increase_and_are_modification_times(
+    data: Path, monkeypatch: pytest.MonkeyPatch, clock: str, keep: int
+) -> None:
+    repository = a.Repository(data, keep_versions=keep)
+    times = [push(repository, "x", b"0").time]
+    if clock == "was ahead":
+        os.utime(data / "app/x", ns=(4_102_444_800_000_000_999,) * 2)
+        times = [4_102_444_800_000_000]
+    else:
+        hours, now = itertools.count(1) if clock == "goes back" else itertools.repeat(0), time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now - next(hours) * 3_600_000_000_000)
+    for content in b"1", b"2", b"3":
+        times.append(push(repository, "x", content).time)
+        assert times[-1] == (data / "app/x").stat().st_mtime_ns // 1000
+    repository.delete("app", "x")
+    if keep:
+        times.append(push(repository, "x", b"4").time)
+    assert times == sorted({*times})
+    kept = list((data / "app/.versions/x").glob("*"))
+    assert len(kept) == min(keep, 4)
+    assert {a.version_time(file.name) for file in kept} <= {*times}
+    assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in kept)
+
+
+def test_the_name_of_an_erased_version_is_not_used_again(data: Path) -> None:
+    repository = a.Repository(data, keep_versions=a.ALL)
+    push(repository, "x", b"one")
+    os.utime(data / "app/x", times=(4_102_444_800, 4_102_444_800))
+    push(repository, "x", b"two")
+    repository.delete("app", "x")
+    repository.erase("app", "x", "21000101T000000.000001Z")
+    assert push(repository, "x", b"three").version == "21000101T000000.000002Z"
+
+
+def test_delete_restore_erase(data: Path, keeping: a.Repository) -> None:
+    one, two = push(keeping, "d/x", b"one", type="text/x-one"), push(keeping, "d/x", b"two")
+    v1, v2 = f"app/.versions/d/x/{one.version}", f"app/.versions/d/x/{two.version}"
+
+    keeping.delete("app", "d/x")
+    assert tree(data) == {v1: b"one", v2: b"two"}
+    assert [current for _, current in keeping.versions("app", "d/x")] == [False, False]
+    for gone in keeping.fetch, keeping.delete:
+        with pytest.raises(a.NotFound):
+            gone("app", "d/x")
+
+    restored, created = keeping.restore("app", "d/x", one.version)
+    assert created and restored.time > two.time and restored.type == "text/x-one"
+    assert tree(data) == {"app/d/x": b"one", v1: b"one", v2: b"two"}
+    with pytest.raises(a.Conflict):
+        keeping.erase("app", "d/x", restored.version)
+
+    keeping.delete("app", "d/x")
+    v3 = f"app/.versions/d/x/{restored.version}"
+    assert tree(data) == {v2: b"two", v3: b"one"}  # the oldest is pruned
+    keeping.erase("app", "d/x", two.version)
+    assert tree(data) == {v3: b"one"}
+    with pytest.raises(a.NotFound):
+        keeping.erase("app", "d/x", two.version)
+
+    push(keeping, "d/x", b"three")
+    keeping.erase_all("app", "d/x")
+    assert tree(data) == {"app/": b""}
+    for missing in keeping.erase_all, keeping.versions:
+        with pytest.raises(a.NotFound):
+            missing("app", "d/x")
+
+
+def test_a_damaged_version_is_not_restored(data: Path, keeping: a.Repository) -> None:
+    needs_attributes(data)
+    one = push(keeping, "x", b"one")
+    push(keeping, "x", b"two")
+    drop(data / "app/.versions/x" / one.version, b"0ne", one.version)  # in place, as a failing disk would
+    with pytest.raises(a.Damaged):
+        keeping.restore("app", "x", one.version)
+    assert fetched(keeping, "x") == b"two"
+
+
+def test_a_folder_named_like_a_version_is_none(data: Path) -> None:
+    repository, below = a.Repository(data, keep_versions=1), f"x/{T1}"
+    for content in b"1", b"2":
+        push(repository, below, content)
+    repository.delete("app", below)  # x is free again; among its versions is the other's folder
+    for content in b"3", b"4", b"5":
+        push(repository, "x", content)
+    assert sorted(tree(data).values()) == [b"2", b"4", b"5"]
+    assert len(repository.versions("app", "x")) == 2
+    repository.erase_all("app", "x")
+    assert [*tree(data).values()] == [b"2"] and len(repository.versions("app", below)) == 1
+
+
+def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None:
+    drop(data / "app/.versions/x" / T1, b"1", T1)
+    drop(data / "app/.versions/x" / T2, b"2", T2)
+    drop(data / "app/x", b"3", T3)
+    for version, following in (T1, T2), (T2, T3), (T3, "20990101T000000.000000Z"):
+        for at in a.version_time(version), a.version_time(following) - 1:
+            assert repository.version_at("app", "x", at) == version
+    with pytest.raises(a.NotFound):
+        repository.version_at("app", "x", a.version_time(T1) - 1)
+
+
+def test_deleting_a_directory_leaves_nothing(data: Path, keeping: a.Repository) -> None:
+    for id, content in itertools.product(("x", "d/y"), (b"1", b"2")):
+        push(keeping, id, content)
+    drop(data / "other/z", b"3")
+    (data / "app/outside").symlink_to("../other")
+    keeping.delete_directory("app")
+    assert tree(data) == {"other/z": b"3"} and os.listdir(data / ".trash") == []
+    with pytest.raises(a.NotFound):
+        keeping.delete_directory("app")
+    with pytest.raises(a.NotFound):
+        list(keeping.artefacts("app"))
+
+
+def test_what_crashes_left_is_swept_when_it_is_old(data: Path, repository: a.Repository) -> None:
+    for age, own in itertools.product(("young", "old"), (".incoming", ".trash")):
+        drop(data / own / f"folder-{age}/x", b"1")
+        drop(data / own / f"file-{age}", b"2")
+        for left in (data / own).glob("*" + age):
+            os.utime(left, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
+    a.Repository(data)
+    young = {f"{own}/{name}-young" for own in (".incoming", ".trash") for name in ("file", "folder")}
+    assert {name.removesuffix("/x") for name in tree(data)} == young
+
+
+def test_a_file_dropped_in_by_hand_is_an_artefact(data: Path, repository: a.Repository) -> None:
+    drop(data / "app/d/x.tar.gz", b"one", T1)
+    [artefact] = repository.artefacts("app")
+    assert artefact == a.Artefact("app", "d/x.tar.gz", 3, a.version_time(T1), "application/gzip", None)
+    [artefact] = repository.artefacts("app", digests=True)
+    assert (artefact.version, artefact.sha256) == (T1, sha256(b"one"))
+    os.link(data / "app/d/x.tar.gz", data / "app/x.txt")  # another name, another type
+    assert [artefact.type for artefact in repository.artefacts("app")] == ["application/gzip", "text/plain"]
+    (data / "app/x.txt").unlink()
+    needs_attributes(data)
+    [artefact] = a.Repository(data).artefacts("app")  # remembered with the file, not in the process
+    assert artefact.sha256 == sha256(b"one")
+
+
+@pytest.mark.parametrize("attributes", ["as they are", "not on this system", "refused"])
+def test_types_and_digests_with_and_without_attributes(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, attributes: str
+) -> None:
+    def refused(*_: object) -> bytes:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    if attributes == "as they are":
+        needs_attributes(data)
+    elif attributes == "refused":
+        monkeypatch.setattr(os, "getxattr", refused, raising=False)
+        monkeypatch.setattr(os, "setxattr", refused, raising=False)
+    else:
+        monkeypatch.setattr(a, "HAS_ATTRIBUTES", False)
+    assert push(repository, "x.txt", b"one", type="text/markdown").sha256 == sha256(b"one")
+    for used in repository, a.Repository(data):
+        for content, edited in (b"one", b"two"), (b"two", b"three"), (b"three", b"one"):
+            with used.fetch("app", "x.txt") as current:
+                assert current.digested().sha256 == sha256(content)
+            with used.fetch("app", "x.txt") as current:
+                assert current.artefact.sha256 == sha256(content)  # remembered
+            (data / "app/x.txt").write_bytes(edited)  # in place
+    with a.Repository(data).fetch("app", "x.txt") as current:
+        assert current.artefact.type == ("text/markdown" if attributes == "as they are" else "text/plain")
+
+
+LINKS = [  # the link, what it points to, what a push of app/d/x then raises
+    ("app", "folder", a.Conflict), ("app/d", "folder", a.Conflict), ("app/d/x", "secret", a.Conflict),
+    ("app/d/x", "folder", a.Conflict), ("app/d/x", "nothing", a.Conflict),
+    ("app/.versions", "versions", a.Conflict), ("app/.versions/d/x", "folder", a.Conflict),
+    (f"app/.versions/d/x/{T1}", "secret", None),
+    (".incoming", "folder", OSError), (".locks", "folder", OSError), (".locks/app", "secret", OSError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("link", "target", "error"), LINKS)
+def test_no_symbolic_link_is_followed(
+    data: Path, tmp_path: Path, keeping: a.Repository, link: str, target: str, error: type[Exception] | None
+) -> None:
+    outside = tmp_path / "outside"
+    for name in "secret", "folder/x", "folder/d/x", f"folder/{T1}", f"versions/d/x/{T1}":
+        drop(outside / name, b"secret")
+    before = tree(outside)
+    drop(data / "app/d/x", b"mine", T3)
+    if (data / link).is_dir():
+        (data / link).rename(tmp_path / "aside")
+    (data / link).unlink(missing_ok=True)
+    (data / link).parent.mkdir(parents=True, exist_ok=True)
+    (data / link).symlink_to(outside / target)
+
+    def read(version: str | None = None) -> None:
+        assert fetched(keeping, "d/x", version) != b"secret"
+
+    def listed() -> None:
+        found = [*keeping.artefacts("app", digests=True), *dict(keeping.versions("app", "d/x"))]
+        assert sha256(b"secret") not in {artefact.sha256 for artefact in found}
+
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        push(a.Repository(data, keep_versions=1), "d/x", MANY)
+    operations: list[Callable[[], object]] = [
+        read, lambda: read(T1), listed, lambda: keeping.restore("app", "d/x", T1), read,
+        lambda: push(keeping, "d/x", b"2"), lambda: push(keeping, "d/x", b"3"),
+        lambda: keeping.erase("app", "d/x", T1), lambda: keeping.delete("app", "d/x"),
+        lambda: keeping.erase_all("app", "d/x"), lambda: keeping.delete_directory("app"),
+        keeping.sweep, lambda: a.Repository(data),
+    ]  # fmt: skip
+    for operation in operations:
+        with contextlib.suppress(a.ArtefactsError, OSError):
+            operation()
+        assert tree(outside) == before
+
+
+def test_a_listing_is_sorted_and_can_be_narrowed(data: Path, repository: a.Repository) -> None:
+    ids = ["a.b", "a/b", "a/b.c", "a/c/d", "a0", "B", " x", "é", "\N{OLD ITALIC LETTER A}", "a b", "z/z"]
+    for id in ids:
+        drop(data / "app" / id, id.encode())
+    for name in ".hidden", "a/.hidden", "new\nline", "back\\slash":
+        drop(data / "app" / name, b"not an artefact")
+    os.mkfifo(data / "app/fifo")
+    (data / "app/link").symlink_to("B")
+    (data / "app/empty").mkdir()
+    (data / ".other").mkdir()
+    (data / "link").symlink_to("app")
+    assert repository.directories() == ["app"]
+    starts = ["", "a", "a/", "a/c", "a/c/", "b", "zz", *ids]
+    for prefix, after in itertools.product(starts, starts):
+        found = [artefact.id for artefact in repository.artefacts("app", prefix=prefix, after=after)]
+        assert found == [id for id in sorted(ids) if id.startswith(prefix) and id > after]
+    with pytest.raises(a.NotFound):
+        repository.fetch("app", "fifo")
+
+
+def test_a_reader_reads_what_it_opened_to_its_end(repository: a.Repository) -> None:
+    push(repository, "x", MANY)
+    with repository.fetch("app", "x") as content:
+        start = content.read(0, 1000)
+        push(repository, "x", b"two")
+        repository.delete("app", "x")
+        repository.delete_directory("app")
+        assert start + content.read(1000, len(MANY)) == MANY
+
+
+def test_no_reader_sees_a_missing_or_a_mixed_artefact(data: Path) -> None:
+    def write() -> None:
+        for content in itertools.cycle(states):
+            push(repository, "x", content)
+            if enough.is_set():
+                return
+
+    repository, states = a.Repository(data, fsync=False), (b"a" * 100_000, b"b" * 200_000)
+    seen, enough, deadline = [states[0]], threading.Event(), time.monotonic() + 30
+    push(repository, "x", states[0])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            while (len(seen) < 200 or len({*seen}) < 2) and time.monotonic() < deadline:
+                seen.append(fetched(repository, "x"))
+        finally:
+            enough.set()
+        writing.result()
+    assert {*seen} == {*states}
+
+
+def increment(data: str, times: int) -> None:
+    """Adds 1 to a number, over and over, each time on the condition that it is still what was read."""
+    repository = a.Repository(data, keep_versions=a.ALL)
+    while times:
+        number, seen = b"0", None
+        with contextlib.suppress(a.NotFound), repository.fetch("app", "x") as content:
+            number, seen = content.read(0, 99), content.digested().sha256
+
+        def check(current: a.Content | None, seen: str | None = seen) -> None:
+            if seen != (current and current.digested().sha256):
+                raise a.PreconditionFailed("another was faster")
+
+        with contextlib.suppress(a.PreconditionFailed):
+            push(repository, "x", b"%d" % (int(number) + 1), check=check)
+            times -= 1
+
+
+@pytest.mark.parametrize("several", ["threads", "processes"])
+def test_of_many_writers_one_wins(data: Path, repository: a.Repository, several: str) -> None:
+    """Each time: so the number counts them all, and every state that there was is a version."""
+
+    def run(_: int) -> None:
+        if several == "threads":
+            increment(str(data), 10)
+        else:
+            command = [sys.executable, "-W", "error", "-c", program]
+            subprocess.run(command, env=environment, check=True, timeout=60)
+
+    program = f"import {__name__} as t; t.increment({str(data)!r}, 10)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    digests = [artefact.sha256 for artefact, _ in repository.versions("app", "x")]
+    assert digests == [sha256(b"%d" % n) for n in range(40, 0, -1)]
+
+
+@pytest.mark.parametrize("then", ["push", "delete"])
+@pytest.mark.parametrize("leftover", ["link", "copy", "other"])
+def test_a_file_that_has_the_versions_name_already(data: Path, leftover: str, then: str) -> None:
+    """A crash between the link and the rename leaves the very file; a hand may leave any."""
+    repository, version = a.Repository(data, keep_versions=1), data / "app/.versions/x.txt" / T1
+    drop(data / "app/x.txt", b"one", T1)
+    drop(version, b"0ne" if leftover == "other" else b"one", T1)
+    if leftover == "link":
+        version.unlink()
+        os.link(data / "app/x.txt", version)
+    assert [current for _, current in repository.versions("app", "x.txt")] == [True]
+    after = tree(data)
+    with pytest.raises(a.Conflict) if leftover == "other" else contextlib.nullcontext():
+        if then == "push":
+            push(repository, "x.txt", b"two")
+            after["app/x.txt"] = b"two"
+        else:
+            repository.delete("app", "x.txt")
+            del after["app/x.txt"]
+    assert tree(data) == after
+    assert {artefact.type for artefact, _ in repository.versions("app", "x.txt")} == {"text/plain"}
+
+
+# -- durability --
+
+Events = list[tuple[str, str | int]]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    """The calls that a commit consists of, in order: fsync with the inode, the others with the
+    name that they make or remove. All are carried out."""
+    events: Events = []
+
+    def record(call: str) -> None:
+        carry_out = getattr(os, call)
+
+        def recorded(*args: Any, **options: Any) -> None:
+            what = args[1] if call in ("rename", "link") else args[0]
+            events.append((call, os.fstat(what).st_ino if call == "fsync" else os.path.basename(what)))
+            carry_out(*args, **options)
+
+        monkeypatch.setattr(os, call, recorded)
+
+    for call in "fsync", "mkdir", "link", "rename", "unlink":
+        record(call)
+    return events
+
+
+def in_order(events: Events, *wanted: tuple[str, Path | str]) -> None:
+    """That these were called, one after the other."""
+    rest = iter(events)
+    for call, what in wanted:
+        event = (call, what.stat().st_ino if isinstance(what, Path) else what)
+        assert event in rest, f"{call} of {what} is missing or too early in {events}"
+
+
+def test_every_step_is_durable_before_the_next(data: Path, events: Events, keeping: a.Repository) -> None:
+    app, versions = data / "app", data / "app/.versions"
+    one = push(keeping, "d/x", b"one")
+    in_order(events, ("fsync", app / "d/x"), ("rename", "x"), ("fsync", app / "d"))
+    in_order(events, ("mkdir", "app"), ("fsync", data), ("mkdir", "d"), ("fsync", app), ("rename", "x"))
+    events.clear()
+    two = push(keeping, "d/x", b"two")
+    in_order(events, ("fsync", app / "d/x"), ("rename", "x"), ("fsync", app / "d"))
+    in_order(events, ("mkdir", ".versions"), ("fsync", app), ("mkdir", "d"), ("fsync", versions))
+    in_order(events, ("mkdir", "x"), ("fsync", versions / "d"), ("link", one.version), ("rename", "x"))
+    in_order(events, ("link", one.version), ("fsync", versions / "d/x"), ("rename", "x"))
+    push(keeping, "d/y", b"so that the folder stays")
+    events.clear()
+    keeping.delete("app", "d/x")
+    in_order(events, ("link", two.version), ("fsync", versions / "d/x"), ("unlink", "x"))
+    in_order(events, ("unlink", "x"), ("fsync", app / "d"))
+    keeping.erase("app", "d/x", one.version)
+    in_order(events, ("unlink", one.version), ("fsync", versions / "d/x"))
+    events.clear()
+    keeping.delete_directory("app")
+    assert events[0][0] == "rename"
+    in_order(events, ("fsync", data))
+
+
+def test_a_folder_made_again_or_by_another_is_durable_too(data: Path, events: Events) -> None:
+    """One made again may have the inode of the one before; who made one may not have synced it."""
+    repository = a.Repository(data)
+    for by_another in False, False, True:
+        if by_another:
+            (data / "app/d").mkdir(parents=True)
+            repository = a.Repository(data)
+        events.clear()
+        push(repository, "d/x", b"one")
+        in_order(events, ("fsync", data), ("fsync", data / "app"), ("rename", "x"))
+        assert (("mkdir", "d") in events) != by_another
+        repository.delete_directory("app")
+
+
+def test_a_failed_fsync_leaves_the_old_state_and_is_not_retried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
+) -> None:
+    def started(name: str) -> a.Repository:
+        repository = a.Repository(tmp_path / name, keep_versions=2)
+        push(repository, "d/x", b"one")
+        events.clear()
+        return repository
+
+    push(started("good"), "d/x", b"two")
+    count = [call for call, _ in events[: events.index(("rename", "x"))]].count("fsync")
+    assert count >= 4  # the staged file, the new folders' parents, the folder of the version
+    carry_out = os.fsync
+    for failing in range(count):
+        repository, calls = started(f"fails {failing}"), itertools.count()
+
+        def fsync(fd: int, failing: int = failing, calls: itertools.count[int] = calls) -> None:
+            if next(calls) == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            carry_out(fd)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            patch.setattr(os, "fsync", fsync)
+            push(repository, "d/x", b"two")
+        assert next(calls) == failing + 1  # none after the one that failed
+        assert not any(name.startswith(".incoming") for name in tree(Path(repository.root)))
+        assert [current for _, current in repository.versions("app", "d/x")] == [True]
+        assert fetched(repository, "d/x") == b"one"
+        push(repository, "d/x", b"two")
+        assert fetched(repository, "d/x") == b"two" and len(repository.versions("app", "d/x")) == 2
+
+
+def test_without_fsync_there_is_none(data: Path, events: Events) -> None:
+    repository = a.Repository(data, keep_versions=2, fsync=False)
+    one = push(repository, "x", b"one")
+    push(repository, "x", MANY)
+    repository.restore("app", "x", one.version)
+    repository.erase("app", "x", one.version)
+    repository.delete("app", "x")
+    repository.erase_all("app", "x")
+    repository.delete_directory("app")
+    assert events and "fsync" not in {call for call, _ in events}
+
+
+# == Rules, as tables =============================================================================
+
+TIME = 784111777  # RFC 9110 §5.6.7
+DATE, LATER, EARLIER = (a.http_date(TIME + seconds) for seconds in (0, 1, -1))
+DIGEST, OTHER = sha256(b"one"), sha256(b"two")
+B64 = base64.b64encode(bytes.fromhex(DIGEST)).decode()
+NAMES = [
+    "x", " ", "a b", "'\"<>&%?#;:*|+=@", "x.", "a..b", "~", "-rf", "é", "e\u0301", "日本語", "😀",
+    "\u202e\u05ea\u05e4", "\u2028", "\u00a0", "x" * 255, "é" * 127,
+]  # fmt: skip
+BAD_NAMES = [
+    "", ".", "..", ".x", ".versions", "a/b", "/", "a\\b", "\0", "a\nb", "x\n", "\x1f", "\x7f", "\x85",
+    "\ufffd", "a\udcff", "x" * 256, "é" * 128,
+]  # fmt: skip
+BASIC = "application/octet-stream"
+
+RULES: list[tuple[Callable[..., object], list[tuple[Any, ...]]]] = [  # arguments, and what is to come
+    (a.check_segment, [(name, "id", name) for name in NAMES]),
+    (a.check_segment, [(name, "id", a.InvalidName) for name in BAD_NAMES]),
+    (a.check_names, [("app", "a/b/c", ["a", "b", "c"]), ("app", "/".join("x" * 512), ["x"] * 512)]),
+    (a.check_names, [(directory, "x", a.InvalidName) for directory in ("", "a/b", ".app")]),
+    (a.check_names, [("app", id, a.InvalidName) for id in (
+        "", "/a", "a/", "a//b", "a/../b", "a/.b", "/".join("x" * 513))]),
+    (a.version_time, [(T1, 1704067200_000001), ("19700101T000000.000000Z", 0)]),
+    (a.version_time, [(name, a.NotFound) for name in (
+        "", "20240230T000000.000000Z", "20240101T000000Z", "../x", T1 + "\n", "\u0662" + T1[1:])]),
+    (a.type_of, [
+        ("x.txt", "text/plain"), ("x.TXT", "text/plain"), ("x.tar.gz", "application/gzip"),
+        ("x", BASIC), ("d.txt/x", BASIC), ("x.svg", "image/svg+xml"), ("x", "text/x; a=b", "text/x; a=b"),
+    ]),
+    (a.type_of, [("x.txt", announced, "text/plain") for announced in (
+        "", BASIC, BASIC + "; a=b", "Application/X-WWW-Form-Urlencoded", "multipart/form-data; boundary=x",
+        "garbage", "a/b\r\nEvil: 1")]),
+    (a.http_date, [(TIME, "Sun, 06 Nov 1994 08:49:37 GMT")]),
+    (a.http_seconds, [(date, TIME) for date in (
+        "Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994")]),
+    (a.http_seconds, [(text, None) for text in (
+        None, "", "yesterday", "784111777", "Sun, 32 Nov 1994 08:49:37 GMT")]),
+    (a.instant, [
+        ("2024-01-01T00:00:00.000001Z", 1704067200_000001), ("2024-01-01t01:00:00+01:00", 1704067200_000000),
+        ("2024-01-01T01:00:00 01:00", 1704067200_000000), ("2023-12-31", 1704067199_999999),
+        ("2024-01-01T00:00:00z", 1704067200_000000), ("2024-01-01T00:00:00.0000019Z", 1704067200_000001),
+    ]),
+    (a.instant, [(text, a.InvalidRequest) for text in (
+        "", "now", "2024-01-01T00:00:00", "2024-02-30", "2024", T1 + "0")]),
+    (a.content_disposition, [
+        ("x.txt", "inline; filename=\"x.txt\"; filename*=UTF-8''x.txt"),
+        ("a \"b\\;", "inline; filename=\"a \\\"b\\\\;\"; filename*=UTF-8''a%20%22b%5C%3B"),
+        ("é€", "inline; filename=\"\xc3\xa9\xe2\x82\xac\"; filename*=UTF-8''%C3%A9%E2%82%AC"),
+    ]),
+    (a.preferred_format, [(None, accept, "json") for accept in (
+        "*/*", "", "application/json", "garbage", "image/png", "text/html;q=0.5, application/json;q=0.6")]),
+    (a.preferred_format, [
+        (None, "text/plain", "sha256sums"), ("json", "text/html", "json"),
+        ("sha256sums", "*/*", "sha256sums"), ("pdf", "*/*", a.InvalidRequest), ("", "*/*", a.InvalidRequest),
+    ]),
+    (a.announced_sha256, [
+        ({}, None), ({"HTTP_REPR_DIGEST": f"sha-256=:{B64}:"}, DIGEST),
+        ({"HTTP_DIGEST": f"SHA-256={B64}"}, DIGEST), ({"HTTP_REPR_DIGEST": "sha-512=:eA==:"}, None),
+        ({"HTTP_CONTENT_DIGEST": f"md5=:x:, sha-256 = :{B64}: , sha-512=:y:"}, DIGEST),
+        ({"HTTP_X_CHECKSUM_SHA256": f" {DIGEST.upper()} "}, DIGEST),
+        ({"HTTP_DIGEST": f"SHA-256={B64}", "HTTP_X_CHECKSUM_SHA256": DIGEST}, DIGEST),
+        ({"HTTP_DIGEST": f"SHA-256={B64}", "HTTP_X_CHECKSUM_SHA256": OTHER}, a.InvalidRequest),
+    ]),
+    (a.announced_sha256, [({"HTTP_" + field: value}, a.InvalidRequest) for field, value in (
+        ("REPR_DIGEST", f"sha-256={B64}"), ("REPR_DIGEST", "sha-256=::"), ("DIGEST", f"SHA-256={DIGEST}"),
+        ("DIGEST", "SHA-256="), ("X_CHECKSUM_SHA256", B64), ("X_CHECKSUM_SHA256", ""))]),
+    (a.byte_range, [(field, None, 10, '"e"', TIME, part) for field, part in (
+        ("bytes=0-0", (0, 1)), ("bytes=2-5", (2, 4)), ("bytes=5-", (5, 5)), ("bytes=-3", (7, 3)),
+        ("bytes=-99", (0, 10)), ("bytes=8-99", (8, 2)), ("BYTES= 1-2 ", (1, 2)),
+        ("bytes=0-" + "9" * 5000, (0, 10)))]),
+    (a.byte_range, [(field, None, 10, '"e"', TIME, None) for field in (
+        "", "bytes=0-1,3-4", "bytes=5-2", "bytes=-", "bytes=", "bytes=a-b", "lines=0-1", "0-1",
+        "bytes=0x1-2", "bytes=\u0661-\u0662", "bytes=+1-2")]),
+    (a.byte_range, [(field, None, 10, '"e"', TIME, a.UnsatisfiableRange) for field in (
+        "bytes=10-", "bytes=99-100", "bytes=-0", "bytes=" + "9" * 5000 + "-")]),
+    (a.byte_range, [
+        ("bytes=0-", None, 0, '"e"', TIME, a.UnsatisfiableRange), ("bytes=-5", None, 0, '"e"', TIME, None)]),
+    (a.byte_range, [("bytes=2-5", same, 10, '"e"', TIME, (2, 4)) for same in ('"e"', DATE)]),
+    (a.byte_range, [("bytes=2-5", other, 10, '"e"', TIME, None) for other in (
+        '"f"', 'W/"e"', LATER, EARLIER, "", "e")]),
+]  # fmt: skip
+CASES = [(f"{rule.__name__} {n}", rule, case) for rule, cases in RULES for n, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("rule", "case"), [pytest.param(rule, case, id=id) for id, rule, case in CASES])
+def test_rule(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
+    *arguments, expected = case
+    with pytest.raises(expected) if isinstance(expected, type) else contextlib.nullcontext():
+        assert rule(*arguments) == expected
+
+
+READ, WRITE = "GET HEAD", "PUT POST DELETE"
+ANY = f"{READ} {WRITE}"
+Expected = type[Exception] | int | None
+PRECONDITIONS: list[tuple[Expected, str, str | None, list[str]]] = [
+    # what is to come, methods, the current entity tag (with the time TIME), the fields: RFC 9110 §13.2.2
+    (None, ANY, '"e"', [
+        "", 'If-Match: "e"', 'If-Match: "f" , "e"', 'If-Match: ,"e",', "If-Match: *", "If-Match:  * ",
+        f"If-Unmodified-Since: {DATE}", f"If-Unmodified-Since: {LATER}", "If-Unmodified-Since: yesterday",
+        f'If-Match: "e" | If-Unmodified-Since: {EARLIER}', 'If-None-Match: "f"', "If-None-Match: ",
+    ]),
+    (412, ANY, '"e"', [
+        'If-Match: "f"', 'If-Match: "f,e"', 'If-Match: W/"e"', 'If-Match: "E"', "If-Match: ", "If-Match: e",
+        'If-Match: "e", f', 'If-Match: *, "e"', f"If-Unmodified-Since: {EARLIER}",
+        f'If-Match: "f" | If-Unmodified-Since: {LATER}', 'If-Match: "f" | If-None-Match: "e"',
+        f'If-Unmodified-Since: {EARLIER} | If-None-Match: "e"',
+    ]),
+    (None, ANY, None, ["", f"If-Unmodified-Since: {EARLIER}", "If-None-Match: *", 'If-None-Match: "e"']),
+    (412, ANY, None, ['If-Match: "e"', "If-Match: *"]),
+    (304, READ, '"e"', [
+        'If-None-Match: "e"', 'If-None-Match: "f", W/"e"', "If-None-Match: *", f"If-Modified-Since: {DATE}",
+        f"If-Modified-Since: {LATER}", 'If-Match: "e" | If-None-Match: "e"',
+        f'If-Match: "e" | If-Modified-Since: {LATER}',
+    ]),
+    (None, READ, '"e"', [
+        "If-None-Match: e", f"If-Modified-Since: {EARLIER}", "If-Modified-Since: yesterday",
+        f'If-None-Match: "f" | If-Modified-Since: {LATER}',
+    ]),
+    (412, WRITE, '"e"', ['If-None-Match: "e"', 'If-None-Match: W/"e"', "If-None-Match: *"]),
+    (None, WRITE, '"e"', [f"If-Modified-Since: {LATER}"]),
+    (a.InvalidRequest, WRITE, '"e"', ["If-None-Match: e", 'If-None-Match: "f" x "g"']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("expected", "methods", "etag", "fields"),
+    [(expected, methods, etag, fields) for expected, methods, etag, rows in PRECONDITIONS for fields in rows],
+)
+def test_precondition(expected: Expected, methods: str, etag: str | None, fields: str) -> None:
+    pairs = (field.partition(": ") for field in fields.split(" | ") if field)
+    conditions = {"HTTP_" + name.upper().replace("-", "_"): value for name, _, value in pairs}
+    for method in methods.split():
+        with pytest.raises(expected) if isinstance(expected, type) else contextlib.nullcontext():
+            assert a.failed_precondition(method, conditions, etag, TIME if etag else None) == expected
+
+
+# == Over HTTP ====================================================================================
+
+ONE, TWO, NEW = (f'"{sha256(content)}"' for content in (b"one", b"two", b"new"))
+MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2
+BEFORE = {"app/x.txt": b"two", f"app/.versions/x.txt/{T1}": b"one", "app/f/y": b"why"}
+
+
+@pytest.fixture
+def client(data: Path) -> testing.TestClient:
+    """What BEFORE has, where two versions are kept."""
+    for (name, content), version in zip(BEFORE.items(), (T2, T1, T3), strict=True):
+        drop(data / name, content, version)
+    return testing.TestClient(a.create_app(data, keep_versions=2, fsync=False))
+
+
+def call(client: testing.TestClient, request: str, **options: Any) -> testing.Result:
+    """`GET /path?query`; with the body `new` where it may have one, unless another is given."""
+    method, _, target = request.partition(" ")
+    path, _, query = target.partition("?")
+    options = {"body": b"new" if method in ("PUT", "POST", "PATCH") else b"", **options}
+    return client.simulate_request(method, path, query_string=query, **options)
+
+
+WITHOUT_X = {"app/f/y": b"why"}
+RESTORE = f"POST /app/x.txt?restore={T1}"
+TABLE: list[tuple[str, int, bytes, dict[str, bytes]]] = [
+    # the request, status, what the answer begins with, the tree afterwards
+    ("GET /", 200, b'{"directories": [', BEFORE),
+    ("GET /app", 200, b'{"directory": "app", "artefacts": [{', BEFORE),
+    ("DELETE /app", 204, b"", {}),
+    ("GET /app/x.txt", 200, b"two", BEFORE),
+    ("GET /app/f/y", 200, b"why", BEFORE),
+    (f"GET /app/x.txt?version={T1}", 200, b"one", BEFORE),
+    (f"GET /app/x.txt?version={T2}", 200, b"two", BEFORE),
+    ("GET /app/x.txt?at=2024-01-01", 200, b"one", BEFORE),
+    ("GET /app/x.txt?at=2024-01-02T00:00:00.000002Z", 200, b"two", BEFORE),
+    ("GET /app/x.txt?versions", 200, b'{"directory": "app", "id": "x.txt", "versions": [{', BEFORE),
+    ("POST /app/n", 201, b'{"directory": "app", "id": "n", ', {**BEFORE, "app/n": b"new"}),
+    ("POST /app/f/g/n", 201, b"{", {**BEFORE, "app/f/g/n": b"new"}),
+    (RESTORE, 201, b"{", {**BEFORE, "app/x.txt": b"one", f"app/.versions/x.txt/{T2}": b"two"}),
+    ("PUT /app/n", 201, b"{", {**BEFORE, "app/n": b"new"}),
+    ("PUT /new/n", 201, b'{"directory": "new", "id": "n", ', {**BEFORE, "new/n": b"new"}),
+    ("PUT /app/x.txt", 200, b"{", {**BEFORE, "app/x.txt": b"new", f"app/.versions/x.txt/{T2}": b"two"}),
+    ("DELETE /app/x.txt", 204, b"",
+     {f"app/.versions/x.txt/{T2}": b"two", f"app/.versions/x.txt/{T1}": b"one", **WITHOUT_X}),
+    (f"DELETE /app/x.txt?version={T1}", 204, b"", {"app/x.txt": b"two", **WITHOUT_X}),
+    ("DELETE /app/x.txt?versions", 204, b"", WITHOUT_X),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+@pytest.mark.parametrize("base", ["/artefacts", "/artefact"])
+@pytest.mark.parametrize(("line", "status", "answer", "after"), TABLE, ids=[row[0] for row in TABLE])
+def test_table(
+    data: Path, client: testing.TestClient, base: str, slash: str,
+    line: str, status: int, answer: bytes, after: dict[str, bytes],
+) -> None:  # fmt: skip
+    method, _, target = line.partition(" ")
+    path, _, query = target.partition("?")
+    target = f"{base}{path.rstrip('/')}{slash}?unknown=1&{query}"
+    result = call(client, f"{method} {target}")
+    assert result.status_code == status and result.content.startswith(answer) and tree(data) == after
+    if status == 204:
+        assert result.content == b""
+    elif method == "GET":
+        head = call(client, f"HEAD {target}")
+        assert (head.status_code, head.content, head.headers) == (200, b"", result.headers)
+    else:
+        stored = result.json
+        assert set(stored) == {"directory", "id", "href", "version", "size", "type", "sha256", "modified"}
+        assert result.headers["ETag"] == f'"{stored["sha256"]}"'
+        assert result.headers.get("Location") == (stored["href"] if status == 201 else None)
+        assert call(client, f"GET {stored['href']}").content == after[f"{stored['directory']}/{stored['id']}"]
+    options = call(client, f"OPTIONS {target}")
+    assert options.status_code == 200 and method in options.headers["Allow"].split(", ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_is_allowed_as_a_name_can_be_one(data: Path, name: str) -> None:
+    client = testing.TestClient(a.create_app(data, keep_versions=2, fsync=False))
+    path = a.href("", name, f"{name}/{name}")
+    assert [call(client, f"PUT {path}", body=content).status_code for content in (b"1", b"2")] == [201, 200]
+    assert tree(data)[f"{name}/{name}/{name}"] == b"2" == call(client, f"GET {path}").content
+    assert len(call(client, f"GET {path}?versions").json["versions"]) == 2
+    [listed] = call(client, f"GET {a.href('', name)}").json["artefacts"]
+    assert (listed["directory"], listed["id"], listed["href"]) == (name, f"{name}/{name}", path)
+    assert call(client, f"DELETE {a.href('', name)}").status_code == 204 and tree(data) == {}
+
+
+def test_the_root(client: testing.TestClient) -> None:
+    assert call(client, "GET /nowhere").status_code == 404 and call(client, "PUT /").status_code == 405
+    for method, prefix in itertools.product(("GET", "HEAD"), ("", "/repo", "/a b")):
+        result = call(client, f"{method} /", root_path=prefix)
+        assert (result.status_code, result.headers["Location"]) == (303, quote(prefix) + "/artefacts/")
+
+
+def test_the_header_fields_of_an_artefact(data: Path, client: testing.TestClient) -> None:
+    digest = base64.b64encode(hashlib.sha256(b"two").digest()).decode()
+    expected = {
+        "content-type": "text/plain", "content-length": "3", "etag": TWO, "cache-control": "no-cache",
+        "last-modified": MODIFIED, "accept-ranges": "bytes", "x-content-type-options": "nosniff",
+        "repr-digest": f"sha-256=:{digest}:", "digest": f"SHA-256={digest}",
+        "link": '</artefacts/app/x.txt?versions>; rel="version-history"', "artefact-version": T2,
+        "content-disposition": "inline; filename=\"x.txt\"; filename*=UTF-8''x.txt",
+    }  # fmt: skip
+    headers = dict(call(client, "GET /artefacts/app/x.txt").headers)
+    assert headers.pop("content-security-policy").startswith("sandbox; default-src 'none'; ")
+    assert headers == expected
+    assert call(client, "GET /artefacts/app/x.txt?at=2024-01-01").headers["Cache-Control"] == "no-cache"
+    earlier = call(client, f"GET /artefacts/app/x.txt?version={T1}").headers
+    assert (earlier["Cache-Control"], earlier["ETag"]) == ("max-age=31536000, immutable", ONE)
+    assert earlier["Artefact-Version"] == T1
+    drop(data / "app/x.txt", b"two", "20990101T000000.000000Z")  # Last-Modified: not later than now
+    modified = call(client, "GET /artefacts/app/x.txt").headers["Last-Modified"]
+    assert a.http_seconds(modified) == pytest.approx(time.time(), abs=60)
+
+
+def test_the_type_is_the_clients_where_it_says_something(client: testing.TestClient) -> None:
+    by_name, form = "application/gzip", "application/x-www-form-urlencoded"
+    for sent, stored in (form, by_name), (BASIC, by_name), ("text/x-n; a=b", "text/x-n; a=b"):
+        call(client, f"PUT /artefacts/app/{sent}.tar.gz", headers={"Content-Type": sent})
+        headers = call(client, f"GET /artefacts/app/{sent}.tar.gz").headers
+        assert headers["Content-Type"] == stored and "Content-Encoding" not in headers
+
+
+def test_an_identical_put_changes_nothing(data: Path, client: testing.TestClient) -> None:
+    before = call(client, "GET /artefacts/app/x.txt").headers
+    result = call(client, "PUT /artefacts/app/x.txt", body=b"two")
+    assert (result.status_code, result.json["version"], tree(data)) == (200, T2, BEFORE)
+    assert call(client, "GET /artefacts/app/x.txt").headers == before
+
+
+PUT_N, PUT_X = "PUT /app/n", "PUT /app/x.txt"
+PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part of the detail, fields, requests
+    (404, "none", {}, [
+        "GET /none", "DELETE /none", "GET /app/none", "DELETE /app/none", "GET /app/none?versions",
+        "DELETE /app/none?versions", "GET /app/x.txt?version=none", "DELETE /app/x.txt?version=none",
+        "POST /app/x.txt?restore=none",
+    ]),
+    (404, "no artefact", {}, ["GET /app/f", "DELETE /app/f", "GET /app/x.txt/y", "GET /app/X.txt"]),
+    (404, T3, {}, [f"{what}={T3}" for what in (
+        "GET /app/x.txt?version", "DELETE /app/x.txt?version", "POST /app/x.txt?restore")]),
+    (404, "?versions", {}, [
+        "GET /app/x.txt?at=2023-01-01", "GET /app/x.txt?version=", "DELETE /app/x.txt?version=",
+        "POST /app/x.txt?restore=",
+    ]),
+    (405, "Allow", {}, ["PATCH /app/x.txt", "PUT /app", "PUT /app/", "POST /", "DELETE /"]),
+    (400, "begins with '.'", {}, [
+        "PUT /.app/x", "PUT /app/.versions/x", "PUT /app/../x", "GET /%2e%2e", "DELETE /.trash"]),
+    (400, "is empty", {}, ["PUT /app/a//b", "PUT /app/a//", "PUT //x"]),
+    (400, "control", {}, ["PUT /app/%00", "PUT /app/a%0ab", "DELETE /%00"]),
+    (400, "backslash", {}, ["PUT /app/a%5Cb"]),
+    (400, "UTF-8", {}, ["PUT /app/%FF", "GET /%FF"]),
+    (400, "255", {}, ["PUT /app/" + "x" * 256]),
+    (400, "1024", {}, ["PUT /app/" + "/".join("x" * 513)]),
+    (400, "'at'", {}, ["GET /app/x.txt?at=now", "GET /app/x.txt?at="]),
+    (400, "'limit'", {}, ["GET /app?limit=0", "GET /app?limit=x", "GET /app?limit="]),
+    (400, "'pdf'", {}, ["GET /app?format=pdf"]),
+    (400, "Content-Range", {"Content-Range": "bytes 1-3/4"}, [PUT_N, PUT_X, "POST /app/n"]),
+    (400, "4 bytes", {"Content-Length": "4"}, [PUT_N, PUT_X, "POST /app/n"]),
+    (400, "SHA-256", {"Repr-Digest": f"sha-256=:{B64}:"}, [PUT_N, PUT_X, "POST /app/n"]),
+    (400, "SHA-256", {"Content-Digest": f"sha-256=:{B64}:"}, [PUT_N]),
+    (400, "SHA-256", {"Digest": f"SHA-256={B64}"}, [PUT_N]),
+    (400, "SHA-256", {"X-Checksum-Sha256": DIGEST}, [PUT_N]),
+    (400, "Repr-Digest", {"X-Checksum-Sha256": "?"}, [PUT_N]),
+    (400, "quoted", {"If-None-Match": "unquoted"}, [PUT_X, "DELETE /app/x.txt", RESTORE]),
+    (409, "PUT", {}, ["POST /app/x.txt"]),
+    (409, "in the way", {}, ["PUT /app/x.txt/y", "PUT /app/f", "POST /app/f"]),
+    (409, "current", {}, [f"DELETE /app/x.txt?version={T2}"]),
+    (412, "Fetch", {"If-Match": ONE}, [
+        PUT_X, PUT_N, "POST /app/n", RESTORE, "GET /app/x.txt", "DELETE /app/x.txt",
+        "DELETE /app/x.txt?versions", f"DELETE /app/x.txt?version={T2}", f"GET /app/x.txt?version={T2}",
+    ]),
+    (412, "Fetch", {"If-Match": ""}, [PUT_X, PUT_N, "DELETE /app/x.txt"]),
+    (412, "Fetch", {"If-None-Match": "*"}, [PUT_X, RESTORE, "DELETE /app/x.txt"]),
+    (412, "Fetch", {"If-None-Match": TWO}, [PUT_X]),
+    (412, "Fetch", {"If-Unmodified-Since": MODIFIED.replace("2024", "2023")}, [
+        PUT_X, "DELETE /app/x.txt", "GET /app/x.txt"]),
+    (415, "Content-Encoding", {"Content-Encoding": "gzip"}, [PUT_N, "POST /app/n"]),
+    (416, "3 bytes", {"Range": "bytes=3-"}, ["GET /app/x.txt"]),
+    (507, "disk", {"Content-Length": "9" * 18}, [PUT_N, "POST /app/n"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "fields", "line"),
+    [(status, word, fields, line) for status, word, fields, lines in PROBLEMS for line in lines],
+)
+def test_problem(
+    data: Path, client: testing.TestClient, status: int, word: str, fields: dict[str, str], line: str
+) -> None:
+    result = call(client, line.replace(" /", " /artefacts/", 1), headers=fields)
+    assert (result.status_code, result.headers["Content-Type"]) == (status, "application/problem+json")
+    assert set(result.json) == {"title", "status", "detail"} and word in result.json["detail"]
+    assert (result.json["status"], result.json["title"]) == (status, result.status[4:])
+    assert ("Allow" in result.headers) == (status == 405)
+    assert result.headers.get("Content-Range") == ("bytes */3" if status == 416 else None)
+    assert str(data) not in result.text and "Traceback" not in result.text and "Errno" not in result.text
+    assert tree(data) == BEFORE
+
+
+def test_no_answer_tells_a_path_of_the_disk(data: Path, client: testing.TestClient) -> None:
+    (data / "app/link").symlink_to(data)
+    (data / ".locks").mkdir(exist_ok=True)
+    (data / ".locks/app").symlink_to(data)
+    (data / ".incoming").rmdir()
+    (data / ".incoming").write_bytes(b"no folder")
+    for line in (
+        "GET /app/link", "GET /app/link/x", "PUT /app/link", "PUT /app/n", "DELETE /app/x.txt", RESTORE,
+        "DELETE /app",
+    ):  # fmt: skip
+        result = call(client, line.replace(" /", " /artefacts/", 1))
+        assert result.status_code == (404 if line.startswith("GET") else 409)
+        assert str(data) not in result.text and "Errno" not in result.text
+    assert call(client, "GET /artefacts/app/x.txt").content == b"two"
+
+
+def test_too_large_is_refused_whether_announced_or_not(data: Path) -> None:
+    client = testing.TestClient(a.create_app(data, max_size=5, fsync=False))
+    chunked = {"wsgi.input_terminated": True, "CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}
+    for extras, content, status in (
+        ({}, b"12345", 201), ({}, b"123456", 413), (chunked, b"12346", 200), (chunked, b"123456", 413),
+    ):  # fmt: skip
+        assert call(client, "PUT /artefacts/app/x", body=content, extras=extras).status_code == status
+    assert tree(data) == {"app/x": b"12346"}
+
+
+@pytest.mark.parametrize(("method", "status", "fields"), [
+    ("GET", 304, {"If-None-Match": TWO}), ("HEAD", 304, {"If-None-Match": TWO}),
+    ("GET", 304, {"If-Modified-Since": MODIFIED}), ("GET", 200, {"If-None-Match": ONE}),
+    ("GET", 304, {"If-None-Match": TWO, "Range": "bytes=9-"}), ("PUT", 200, {"If-Match": TWO}),
+    ("PUT", 200, {"If-None-Match": ONE}),
+    ("PUT", 200, {"If-Unmodified-Since": MODIFIED}), ("PUT", 200, {"X-Checksum-Sha256": NEW[1:-1]}),
+    ("DELETE", 204, {"If-Match": "*"}), ("DELETE", 204, {"If-Match": f"{ONE}, {TWO}"}),
+])  # fmt: skip
+def test_conditional(
+    data: Path, client: testing.TestClient, method: str, status: int, fields: dict[str, str]
+) -> None:
+    result = call(client, f"{method} /artefacts/app/x.txt", headers=fields)
+    assert result.status_code == status and "Content-Range" not in result.headers
+    if status == 304:
+        whole = call(client, "GET /artefacts/app/x.txt").headers
+        for name in "ETag", "Last-Modified", "Cache-Control", "Artefact-Version":
+            assert result.headers[name] == whole[name]
+        assert result.content == b""
+    assert tree(data).get("app/x.txt") == {"PUT": b"new", "DELETE": None}.get(method, b"two")
+
+
+def test_ranges(client: testing.TestClient) -> None:
+    """Of an artefact that is read at once and of one that is streamed."""
+    for content in b"0123456789", MANY:
+        call(client, "PUT /artefacts/app/x", body=content)
+        size, etag = len(content), f'"{sha256(content)}"'
+        for field, start, stop in (
+            ("bytes=2-5", 2, 6), ("bytes=-3", size - 3, size), (f"bytes=1-{size * 2}", 1, size),
+        ):  # fmt: skip
+            for fields in {}, {"If-Range": etag}:
+                part = call(client, "GET /artefacts/app/x", headers={"Range": field, **fields})
+                assert (part.status_code, part.content == content[start:stop]) == (206, True)
+                assert part.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
+                assert part.headers["ETag"] == etag
+        for field, if_range in ("bytes=0-1,3-4", etag), ("lines=0-1", etag), ("bytes=2-5", ONE):
+            whole = call(client, "GET /artefacts/app/x", headers={"Range": field, "If-Range": if_range})
+            assert (whole.status_code, whole.content == content) == (200, True)
+            assert whole.headers["Content-Length"] == str(size) and "Content-Range" not in whole.headers
+
+
+def test_listings(client: testing.TestClient) -> None:
+    def artefact(id: str, content: bytes, modified: str, type: str) -> dict[str, Any]:
+        return {
+            "directory": "app", "id": id, "href": f"/artefacts/app/{id}", "size": 3, "type": type,
+            "sha256": sha256(content), "modified": modified, "version": re.sub("[-:]", "", modified),
+        }  # fmt: skip
+
+    x = artefact("x.txt", b"two", "2024-01-02T00:00:00.000002Z", "text/plain")
+    y = artefact("f/y", b"why", "2024-01-03T00:00:00.000003Z", BASIC)
+    earlier = artefact("x.txt", b"one", "2024-01-01T00:00:00.000001Z", "text/plain")
+    directory = {"directory": "app", "href": "/artefacts/app/"}
+    assert call(client, "GET /artefacts/").json == {"directories": [directory]}
+    listing = call(client, "GET /artefacts/app")
+    assert listing.json == {"directory": "app", "artefacts": [{**y, "sha256": None}, {**x, "sha256": None}]}
+    assert listing.headers["Vary"] == "Accept"
+    for target, accept in ("/artefacts/app?format=sha256sums", "*/*"), ("/artefacts/app", "text/plain"):
+        sums = call(client, f"GET {target}", headers={"Accept": accept})
+        assert sums.text == f"{sha256(b'why')}  f/y\n{sha256(b'two')}  x.txt\n"
+        assert sums.headers["Content-Type"].startswith("text/plain") and sums.headers["Vary"] == "Accept"
+    assert call(client, "GET /artefacts/app", headers={"Accept": "image/png"}).json["artefacts"] == [y, x]
+    assert call(client, "GET /artefacts/app?prefix=f/").json["artefacts"] == [y]
+    assert call(client, "GET /artefacts/app?after=f/y").json["artefacts"] == [x]
+    x |= {"href": f"/artefacts/app/x.txt?version={T2}", "current": True}
+    earlier |= {"href": f"/artefacts/app/x.txt?version={T1}", "current": False}
+    versions = call(client, "GET /artefacts/app/x.txt?versions").json
+    assert versions == {"directory": "app", "id": "x.txt", "versions": [x, earlier]}
+
+
+@pytest.mark.parametrize("prefix", ["", "/repo", "/dé pôt"])
+def test_a_listing_in_pages_where_the_app_is_mounted(client: testing.TestClient, prefix: str) -> None:
+    ids, base = [f"p&{n} +é" for n in range(5)], quote(prefix)
+    mounted = prefix.encode().decode("latin-1")  # PEP 3333
+    for id in ids:
+        result = call(client, f"PUT {a.href('', 'app', id)}", root_path=mounted)
+        assert result.headers["Location"] == result.json["href"] == a.href(base, "app", id)
+    found, following, pages = [], f"{a.href('', 'app')}?limit=2&prefix=p%26", 0
+    while following:
+        page = call(client, f"GET {following}", root_path=mounted)
+        found += [listed["id"] for listed in page.json["artefacts"]]
+        following, pages = page.json.get("next", ""), pages + 1
+        assert page.headers.get("Link") == (f'<{following}>; rel="next"' if following else None)
+        following = following.removeprefix(base)
+    assert (found, pages) == (ids, 3)
+
+
+ODD = [
+    "", " ", "*", '"', "W/", "\xff\xfe", "a" * 9000, "0", "-1", "9" * 400, "bytes=--", "Sun, 99 Foo",
+    ";,==", "\t", "%00",
+]  # fmt: skip
+FIELDS = (
+    "Accept", "Content-Digest", "Content-Encoding", "Content-Range", "Content-Type", "Digest", "If-Match",
+    "If-Modified-Since", "If-None-Match", "If-Range", "If-Unmodified-Since", "Range", "Repr-Digest",
+    "Transfer-Encoding", "X-Checksum-Sha256",
+)  # fmt: skip
+PARAMETERS = ("after", "at", "format", "limit", "prefix", "restore", "version", "versions")
+
+
+def test_nothing_that_a_client_sends_is_the_servers_error(client: testing.TestClient) -> None:
+    paths, methods = ("", "/app", "/app/x.txt", "/app/n"), ("GET", "PUT", "POST", "DELETE")
+    for path, odd, method in itertools.product(paths, ODD, methods):
+        for field in FIELDS:
+            status = call(client, f"{method} /artefacts{path}", headers={field: odd}).status_code
+            assert status < 500, (method, path, field, odd)
+        for name in PARAMETERS:
+            status = call(client, f"{method} /artefacts{path}?{name}={quote(odd)}").status_code
+            assert status < 500, (method, path, name, odd)
