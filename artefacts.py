@@ -54,6 +54,7 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tarfile
@@ -1630,7 +1631,7 @@ def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
     while True:
         try:
             piece = stream.read(PIECE)
-        except OSError:
+        except Exception:  # cheroot's is ValueError, gunicorn's of a family of its own
             raise Mismatch("The body broke off. Send it again.") from None
         if not piece:
             return
@@ -1990,7 +1991,10 @@ class Parser(waitress.parser.HTTPRequestParser):
     completed: bool
 
     def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # of urlsplit, and of int with more than 4300 digits
+            raise waitress.parser.ParsingError("The header cannot be read") from error
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             # RFC 9112 §6.1: what follows such a header could be taken for another request
             raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
@@ -2002,8 +2006,13 @@ class Parser(waitress.parser.HTTPRequestParser):
         consumed: int = super().received(data)
         if self.headers_finished and not self.completed:
             missing = self.chunked or self.content_length > len(data) - consumed
+            # a pipelined one is decided on what those before it will have done
+            missing = missing and not self.channel.requests
             if self.body_rcv.buf.upload.fault or (in_header and missing and self.first_look()):
                 self.completed = True
+        if self.chunked and self.body_rcv is not None:
+            if len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > 64 * 1024:
+                self.error, self.completed = waitress.utilities.BadRequest("A chunk's line is too long"), True
         if self.completed:
             self.expect_continue = False  # or waitress would send 100 and wait for more
             if self.error is not None or (self.body_rcv is not None and not self.body_rcv.completed):
@@ -2025,6 +2034,8 @@ class Parser(waitress.parser.HTTPRequestParser):
 class Task(waitress.task.WSGITask):
     """Answers one request, and tells the log."""
 
+    handed_over = False
+
     def execute(self) -> None:
         request, channel = self.request, self.channel
         if request.error is not None:  # waitress's own refusals, told as all others are
@@ -2038,7 +2049,7 @@ class Task(waitress.task.WSGITask):
         try:
             self.write_answer(fields, body)
         finally:
-            if hasattr(body, "close"):
+            if hasattr(body, "close") and not self.handed_over:
                 body.close()
         channel.server.log_request(self, who)
 
@@ -2064,7 +2075,7 @@ class Task(waitress.task.WSGITask):
             body.prepare(int(length or 0))
             channel.write_soon(head)
             channel.write_soon(body)  # which closes it
-            body.close = lambda: None
+            self.handed_over = True
         elif isinstance(body, list):
             channel.write_now(head + b"".join(body))
         else:
@@ -2117,6 +2128,16 @@ class Channel(waitress.channel.HTTPChannel):
     def handle_write(self) -> None:
         self.turn = 0
         super().handle_write()
+        self.half_close()
+
+    def service(self) -> None:
+        super().service()
+        self.half_close()
+
+    def half_close(self) -> None:
+        if self.lingering and self.connected and not self.requests and not self.total_outbufs_len:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         if not data:  # a file that was cut short in place; waitress would try for ever
@@ -2172,7 +2193,8 @@ class Server(waitress.server.TcpWSGIServer):
         if not self.quiet:
             line = getattr(task.request, "first_line", b"").decode("latin-1")
             when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
-            answer = f"{task.status[:3]} {task.content_length or '-'}"
+            size = task.content_length if getattr(task.request, "command", "") != "HEAD" else None
+            answer = f"{task.status[:3]} {size or '-'}"
             sys.stderr.write(f'{task.channel.addr[0]} - {escaped(who)} [{when}] "{escaped(line)}" {answer}\n')
 
 
@@ -2243,6 +2265,15 @@ def run(server: Any) -> None:
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
+def number_between(low: int, high: int) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        if not re.fullmatch("[0-9]{1,9}", str(value)) or not low <= int(str(value)) <= high:
+            raise ValueError(f"{value!r} is no number from {low} to {high}")
+        return int(str(value))
+
+    return convert
+
+
 def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
     """As argparse wants it, so that it tells the reason."""
 
@@ -2281,13 +2312,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = Options(prog="artefacts.py", description=(__doc__ or "").partition("\n")[0])
     add = options.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8080, help="port to listen on, 0 for a free one (default: %(default)s)")
+    add("--port", type=as_argument(number_between(0, 65535)), default=8080, metavar="N",
+        help="port to listen on, 0 for a free one (default: %(default)s)")
     add("--data", default="data", metavar="DIR", help="where the artefacts are (default: %(default)s)")
     add("--keep-versions", type=as_argument(number_of_versions), default=0, metavar="N",
         help="versions kept before the current one, or 'all' (default: 0)")
     add("--max-size", type=as_argument(number_of_bytes), metavar="BYTES",
         help="largest artefact accepted, such as 2GiB (default: any)")
-    add("--threads", type=int, default=8, metavar="N",
+    add("--threads", type=as_argument(number_between(1, 1000)), default=8, metavar="N",
         help="requests worked on at once (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
     add("--config", metavar="FILE", help="tokens, and rules for directories (TOML)")

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import http.client
 import itertools
+import json
 import os
 import random
 import re
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import pytest
@@ -1095,3 +1103,820 @@ def test_nothing_that_a_client_sends_is_the_servers_error(client: testing.TestCl
         for name in PARAMETERS:
             status = call(client, f"{method} /artefacts{path}?{name}={quote(odd)}").status_code
             assert status < 500, (method, path, name, odd)
+
+
+PROGRAM = Path(a.__file__)
+IMPORT = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import artefacts; "
+MAX_SIZE = 100 << 20  # bytes, of the program that most of these tests talk to
+
+# == Helpers ======================================================================================
+
+
+def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.005)
+
+
+def head(method: str, path: str, *fields: str, version: str = "1.1") -> bytes:
+    """A request's header."""
+    lines = (f"{method} {path} HTTP/{version}", "Host: localhost", *fields, "", "")
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def put(path: str, body: bytes, *fields: str, method: str = "PUT") -> bytes:
+    """A request with its body."""
+    return head(method, path, f"Content-Length: {len(body)}", *fields) + body
+
+
+def pieces(body: bytes, size: int) -> bytes:
+    """A body in the chunked coding."""
+    cut = (body[start : start + size] for start in range(0, len(body), size))
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut) + b"0\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Message
+    body: bytes
+
+    @property
+    def etag(self) -> str:
+        return str(self.headers["ETag"])
+
+    def is_problem(self, status: int) -> bool:
+        """Fails unless it is an error as they all are told: RFC 9457, and no word of our insides."""
+        assert (self.status, self.headers["Content-Type"]) == (status, "application/problem+json"), self
+        told = json.loads(self.body)
+        assert told["status"] == status and told["title"] and len(told["detail"]) > 10
+        assert "Traceback" not in told["detail"] and "/tmp" not in told["detail"]
+        return True
+
+
+class Connection:
+    """A client that sends what it is told to, and reads answers as strictly as the RFC has them."""
+
+    def __init__(self, port: int, receive_buffer: int = 0) -> None:
+        with contextlib.ExitStack() as on_error:
+            self.socket = on_error.enter_context(socket.socket())
+            self.socket.settimeout(20)
+            if receive_buffer:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.connect(("127.0.0.1", port))
+            self.file = self.socket.makefile("rb")
+            on_error.pop_all()
+
+    def send(self, data: bytes) -> Self:
+        self.socket.sendall(data)
+        return self
+
+    def answer(self, *, to_head: bool = False) -> Answer:
+        line = self.file.readline()
+        assert re.fullmatch(rb"HTTP/1\.[01] [1-5][0-9]{2} [ -~]+\r\n", line), line
+        headers, status = http.client.parse_headers(self.file), int(line[9:12])
+        if status < 200 or status == 204:  # RFC 9112 §6.1, RFC 9110 §8.6
+            assert "Transfer-Encoding" not in headers
+            assert "Content-Length" not in headers
+        if to_head or status < 200 or status in (204, 304):
+            return Answer(status, headers, b"")
+        if headers["Transfer-Encoding"] == "chunked":
+            return Answer(status, headers, b"".join(iter(self._chunk, b"")))
+        length = int(headers["Content-Length"])
+        body = self.file.read(length)
+        assert len(body) == length
+        return Answer(status, headers, body)
+
+    def _chunk(self) -> bytes:
+        chunk = self.file.read(int(self.file.readline(), 16) + 2)
+        assert chunk.endswith(b"\r\n")
+        return chunk[:-2]
+
+    def ask(self, request: bytes) -> Answer:
+        return self.send(request).answer(to_head=request.startswith(b"HEAD "))
+
+    def ends(self) -> bool:
+        """Whether the server closes the connection and sends nothing more."""
+        return self.file.read() == b""
+
+    def abort(self) -> None:
+        """Goes as a machine goes that loses its power: with a reset."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+LOGGED = re.compile(r'127\.0\.0\.1 - \S+ \[\d\d/[A-Z][a-z]+/\d{4}(:\d\d){3} \+0000\] "[ -~]*" \d{3} (\d+|-)')
+
+
+class Program:
+    """`python artefacts.py` as a process, with warnings as errors, and nothing else in its log."""
+
+    def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),)) -> None:
+        self.data, self.quiet = data, "--quiet" in options
+        self.log = data.with_name(f"{data.name}-{id(self):x}.log")
+        command = [sys.executable, "-W", "error", *code, "--data", str(data), "--port", "0", *options]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        with self.process.stdout as output:  # one line, and nothing after it
+            url = re.fullmatch(r"http://127\.0\.0\.1:([0-9]+)/artefacts/\n", output.readline())
+        assert url is not None, self.log.read_text()
+        self.port = int(url[1])
+
+    def connect(self, receive_buffer: int = 0) -> Connection:
+        return Connection(self.port, receive_buffer)
+
+    def ask(self, request: bytes) -> Answer:
+        """One request on a connection of its own."""
+        with self.connect() as connection:
+            return connection.ask(request)
+
+    def get(self, path: str, *fields: str) -> Answer:
+        return self.ask(head("GET", path, *fields))
+
+    def incoming(self) -> list[str]:
+        return os.listdir(self.data / ".incoming")
+
+    def listens(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            assert error[0] is not None or self.process.poll() is not None or self.stop() == 0
+        finally:
+            self.process.kill()
+            self.process.wait()
+        log = self.log.read_text().splitlines()
+        assert all(map(LOGGED.fullmatch, log)), [line for line in log if not LOGGED.fullmatch(line)]
+        assert not (self.quiet and log)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    data = tmp_path_factory.mktemp("program") / "data"
+    with Program(data, "--max-size", str(MAX_SIZE)) as running:
+        running.ask(put("/artefacts/app/there", b"there"))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def large(program: Program) -> bytes:
+    """The bytes of /artefacts/app/large: more than the buffers of a connection hold."""
+    body = os.urandom(40_000_000)
+    assert program.ask(put("/artefacts/app/large", body)).status == 201
+    return body
+
+
+# == A real waitress, raw sockets =================================================================
+
+THERE = "/artefacts/app/there"
+
+
+def test_a_connection_stays_open_after_every_request_that_was_read_to_its_end(program: Program) -> None:
+    etag, path = f'"{sha256(b"there")}"', "/artefacts/app/open"
+    requests = [
+        (put(path, b"1"), 201), (put(path, b"1"), 200), (put(path, b"1", method="POST"), 409),
+        (put(path, b"2", 'If-Match: "0"'), 412), (put(path, b"2", "Content-Range: bytes 0-0/9"), 400),
+        (head("PUT", path, "Transfer-Encoding: chunked") + pieces(b"3", 1), 200), (head("GET", path), 200),
+        (head("HEAD", path), 200), (head("DELETE", path), 204), (head("DELETE", path), 404),
+        (head("GET", THERE, f"If-None-Match: {etag}"), 304), (head("GET", THERE, 'If-Match: "0"'), 412),
+        (head("GET", THERE, "Range: bytes=9-"), 416), (head("GET", THERE, "Range: bytes=0-1"), 206),
+        (head("OPTIONS", THERE), 200), (head("PATCH", THERE), 405), (head("GET", "/artefacts/.app"), 400),
+        (head("HEAD", path), 404), (head("GET", "/"), 303), (head("GET", "/else"), 404),
+        (b"\r\n" + head("GET", THERE), 200),
+    ]  # fmt: skip
+    with program.connect() as connection:
+        for request, status in requests:
+            answer = connection.ask(request)
+            assert answer.status == status, request
+            assert answer.headers.get("Connection", "keep-alive").lower() == "keep-alive", request
+    for last in (head("GET", THERE, "Connection: close"), head("GET", THERE, version="1.0")):
+        with program.connect() as connection:
+            assert connection.ask(last).body == b"there"
+            assert connection.ends()
+
+
+def test_pipelined_requests_are_performed_and_answered_in_order(program: Program, large: bytes) -> None:
+    path = "/artefacts/app/pipelined"
+    requests = [
+        put(path, b"1"), head("GET", path), put(path, b"22"), head("GET", "/artefacts/app/large"),
+        head("HEAD", path), head("DELETE", path), head("GET", path), head("GET", "/artefacts/app"),
+        head("PUT", path, "Transfer-Encoding: chunked") + pieces(b"333", 2), head("GET", path),
+    ]  # fmt: skip
+    with program.connect() as connection:
+        connection.send(b"".join(requests))
+        answers = [connection.answer(to_head=request.startswith(b"HEAD ")) for request in requests]
+    assert [answer.status for answer in answers] == [201, 200, 200, 200, 200, 204, 404, 200, 201, 200]
+    assert (answers[1].body, answers[4].headers["Content-Length"], answers[9].body) == (b"1", "2", b"333")
+    assert answers[3].body == large
+
+
+def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Program) -> None:
+    """Its body comes late: what is decided on its header alone must not run ahead of the DELETE."""
+    path = "/artefacts/app/late"
+    program.ask(put(path, b"1"))
+    with program.connect() as connection:
+        connection.send(head("DELETE", path) + head("POST", path, "Content-Length: 1"))
+        assert connection.answer().status == 204
+        assert connection.send(b"2").answer().status == 201
+    assert program.get(path).body == b"2"
+
+
+def test_a_request_may_arrive_in_any_pieces(program: Program) -> None:
+    body = bytes(range(20))
+    request = head("PUT", "/artefacts/app/pieces", "Transfer-Encoding: chunked") + pieces(body, 6)
+    with program.connect() as connection:
+        for cut in range(1, len(request)):
+            # One send carries the request before it and the first part: its answer proves that
+            # the server has received that part and nothing of the second.
+            assert connection.ask(head("GET", THERE) + request[:cut]).body == b"there"
+            answer = connection.send(request[cut:]).answer()
+            assert json.loads(answer.body)["sha256"] == sha256(body), cut
+        for byte in request:
+            connection.send(bytes([byte]))
+        assert connection.answer().status == 200
+    assert program.get("/artefacts/app/pieces").body == body
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+MEGABYTE = b"x" * 1_000_000
+GARBAGE = [  # header fields, what follows them, the request's version
+    *(([CHUNKED], line + b"\r\nabc\r\n0\r\n\r\n", "1.1") for line in (
+        b"xyz", b"-3", b"+3", b"0x3", b"2", b"1_0", b"3 3", b"3;\0=1",
+        # Nor may any client fill the memory with what is not even a body.
+        b"1" * 1_000_000, b"3;" + MEGABYTE, b"0\r\nX: " + MEGABYTE, b"0\r\n" + b"X: y\r\n" * 200_000,
+    )),
+    # Where it is doubtful where the body ends, what follows could be taken for a request that the
+    # client never made (RFC 9112 §11.2). HTTP/1.0 has no Transfer-Encoding (§6.1).
+    *((fields, b"3\r\nabc\r\n0\r\n\r\n", version) for fields, version in (
+        ([CHUNKED], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.1"),
+        (["Transfer-Encoding : chunked"], "1.1"), (["Transfer-Encoding: \x0bchunked"], "1.1"),
+        (["Transfer-Encoding: gzip, chunked"], "1.1"), (["Transfer-Encoding: chunked, identity"], "1.1"),
+        *(([f"Content-Length: {length}"], "1.1") for length in (
+            "+3", "-1", "1_0", "0x3", "3, 3", "\xb3", "9" * 5000, "3\r\nContent-Length: 0", "3\r\n folded",
+            "3\r\nX: a\rb", "3\r\nX: " + "x" * 1_000_000,
+        )),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(GARBAGE)))
+def test_a_body_that_cannot_be_delimited(program: Program, number: int) -> None:
+    fields, body, version = GARBAGE[number]
+    request = head("PUT", "/artefacts/app/garbage", "Connection: keep-alive", *fields, version=version)
+    with program.connect() as connection:
+        answer = connection.ask(request + body + head("DELETE", THERE))
+        assert answer.is_problem(answer.status)
+        assert answer.status in (400, 413, 431, 501)
+        assert connection.ends()
+    assert program.get(THERE).body == b"there"
+    assert program.get("/artefacts/app/garbage").status == 404
+    eventually(lambda: program.incoming() == [])
+
+
+def test_bytes_behind_the_announced_length_are_another_request(program: Program) -> None:
+    with program.connect() as connection:
+        request = head("PUT", "/artefacts/app/short", "Content-Length: 3") + b"abcdef\r\n\r\n"
+        assert connection.ask(request).status == 201
+        assert connection.answer().is_problem(400)
+        assert connection.ends()
+    assert program.get("/artefacts/app/short").body == b"abc"
+
+
+@pytest.mark.parametrize("line", [
+    b"GET", b"\0\1\2\3", b": HTTP/1.1", b"get / HTTP/1.1", b"GET / FTP/1.0", b"GET  /  HTTP/1.1",
+    b"GET /a b HTTP/1.1", b"GET http://[::1 HTTP/1.1", b"GET /\xff\xfe HTTP/1.1", b"GET /\r/ HTTP/1.1",
+    b"\x16\x03\x01\x02\0\1\0\1\xfc",
+])  # fmt: skip
+def test_garbage_for_a_request(program: Program, line: bytes) -> None:
+    answer = program.ask(line + b"\r\nHost: localhost\r\n\r\n")
+    assert answer.is_problem(answer.status)
+    assert 400 <= answer.status < 500
+    assert program.get(THERE).status == 200
+
+
+@pytest.mark.parametrize("end", ["closed", "reset", "half closed"])
+@pytest.mark.parametrize("announced", ["Content-Length: 1000000", CHUNKED])
+def test_a_body_cut_off_in_the_middle_is_discarded(program: Program, announced: str, end: str) -> None:
+    start = b"f4240\r\n" if announced == CHUNKED else b""
+    with program.connect() as connection:
+        connection.send(head("PUT", "/artefacts/app/cut", announced) + start + bytes(999_999))
+        eventually(program.incoming)
+        if end == "half closed":
+            connection.socket.shutdown(socket.SHUT_WR)
+            eventually(lambda: program.incoming() == [])
+        elif end == "reset":
+            connection.abort()
+    eventually(lambda: program.incoming() == [])
+    assert program.get("/artefacts/app/cut").status == 404
+
+
+def test_a_client_that_vanishes_in_mid_download_leaves_nothing_open(program: Program, large: bytes) -> None:
+    def held() -> int:
+        files = Path(f"/proc/{program.process.pid}/fd")
+        return sum(os.path.realpath(file).endswith("/large") for file in files.iterdir())
+
+    for leave in (Connection.close, Connection.abort):
+        connection = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app/large"))
+        assert connection.file.read(5) == b"HTTP/"
+        assert held() == 1
+        leave(connection)
+        eventually(lambda: held() == 0)
+
+
+def test_parts_of_a_large_artefact(program: Program, large: bytes) -> None:
+    path = "/artefacts/app/large"
+    with program.connect() as connection:
+        for first, last in ((0, 0), (5, 200_004), (20_000_000, len(large) - 1), (1, len(large) - 2)):
+            answer = connection.ask(head("GET", path, f"Range: bytes={first}-{last}"))
+            assert (answer.status, answer.body) == (206, large[first : last + 1])
+            assert connection.ask(head("HEAD", path)).headers["Content-Length"] == str(len(large))
+
+
+def test_a_download_goes_on_when_its_artefact_is_replaced_and_deleted(program: Program) -> None:
+    path, body = "/artefacts/app/going", os.urandom(30_000_000)
+    program.ask(put(path, body))
+    with program.connect(receive_buffer=4096) as connection:
+        assert connection.send(head("GET", path)).file.peek(1)
+        assert program.ask(put(path, b"other")).status == 200
+        assert program.ask(head("DELETE", path)).status == 204
+        assert connection.answer().body == body
+
+
+def test_a_download_whose_file_is_cut_short_in_place_ends(program: Program) -> None:
+    """Somebody edits what is served. It cannot be whole any more, but it must not spin for ever."""
+    program.ask(put("/artefacts/app/edited", bytes(30_000_000)))
+    with program.connect(receive_buffer=4096) as connection:
+        assert connection.send(head("GET", "/artefacts/app/edited")).file.peek(1)
+        os.truncate(program.data / "app/edited", 1000)
+        assert len(connection.file.read()) < 30_000_000
+    assert program.get("/artefacts/app/edited").body == bytes(1000)
+
+
+def digest_fields(digest: bytes) -> list[str]:
+    encoded = base64.b64encode(digest).decode()
+    return [f"Repr-Digest: sha-256=:{encoded}:", f"Content-Digest: sha-256=:{encoded}:",
+            f"Digest: SHA-256={encoded}", f"X-Checksum-Sha256: {digest.hex()}"]  # fmt: skip
+
+
+def test_a_digest_that_does_not_fit_stores_nothing(program: Program) -> None:
+    path, body = "/artefacts/app/digest", os.urandom(400_000)
+    for field in digest_fields(hashlib.sha256(b"else").digest()):
+        assert program.ask(put(path, body, field)).is_problem(400), field
+        assert program.ask(head("PUT", path, CHUNKED, field) + pieces(body, 65536)).is_problem(400), field
+    assert program.get(path).status == 404
+    eventually(lambda: program.incoming() == [])
+    for field in digest_fields(hashlib.sha256(body).digest()):
+        assert program.ask(put(path, body, field)).status in (201, 200), field
+
+
+@pytest.mark.parametrize("announced", ["Content-Length: 4", CHUNKED])
+def test_expect_100_continue(program: Program, announced: str) -> None:
+    path = f"/artefacts/expected/{len(announced)}"
+    with program.connect() as connection:
+        assert connection.ask(head("PUT", path, announced, "Expect: 100-continue")).status == 100
+        body = pieces(b"body", 3) if announced == CHUNKED else b"body"
+        assert connection.send(body).answer().status == 201
+        # Without a body there is nothing to wait for.
+        assert connection.ask(head("GET", path, "Expect: 100-continue")).body == b"body"
+        assert connection.ask(put(path, b"", "Expect: 100-continue")).status == 200
+        # Nor where it is there already.
+        answer = connection.ask(put(path, b"new", "Expect: 100-continue"))
+        assert (connection.answer() if answer.status == 100 else answer).status == 200
+    assert program.get(path).body == b"new"
+
+
+FRESH = "/artefacts/app/new"
+REFUSALS = [
+    ("PUT", THERE, "If-None-Match: *", 412), ("PUT", THERE, 'If-Match: "0"', 412),
+    ("PUT", FRESH, "If-Match: *", 412), ("POST", THERE, "X: y", 409), ("PUT", THERE + "/below", "X: y", 409),
+    ("PUT", "/artefacts/app/.new", "X: y", 400), ("PUT", "/artefacts/.app/new", "X: y", 400),
+    ("PUT", "/artefacts/app/%ff", "X: y", 400), ("PUT", FRESH, "Content-Range: bytes 5-9/10", 400),
+    ("PUT", FRESH, "Repr-Digest: sha-256=:short:", 400), ("PUT", "/artefacts/app", "X: y", 405),
+    ("PUT", FRESH, "Content-Encoding: gzip", 415), ("PUT", FRESH, "Sec-Fetch-Site: cross-site", 403),
+    ("PUT", "/", "X: y", 405),
+]  # fmt: skip
+ANNOUNCED = [
+    *((*refusal, announced) for refusal in REFUSALS for announced in ("Content-Length: 5000000", CHUNKED)),
+    *(("PUT", FRESH, "X: y", 413, f"Content-Length: {size}") for size in (MAX_SIZE + 1, 1 << 62, 10**30)),
+]
+
+
+@pytest.mark.parametrize("expect", ["X-Expect: nothing", "Expect: 100-continue"])
+@pytest.mark.parametrize(("method", "path", "field", "status", "announced"), ANNOUNCED)
+def test_a_refusal_comes_instead_of_the_body(
+    program: Program, method: str, path: str, field: str, status: int, announced: str, expect: str
+) -> None:
+    with program.connect() as connection:
+        answer = connection.ask(head(method, path, announced, field, expect))
+        assert answer.is_problem(status)
+        assert answer.headers["Connection"].lower() == "close"
+        assert program.incoming() == []
+        assert connection.ends()
+    assert program.get(THERE).body == b"there"
+    assert program.get(FRESH).status == 404
+
+
+def test_who_may_not_write_is_refused_instead_of_the_body(tmp_path: Path) -> None:
+    config, token = tmp_path / "config.toml", "a-token-that-nobody-guesses"
+    config.write_text(f'[[token]]\nname = "ci"\nsha256 = "{sha256(token.encode())}"\nwrite = ["nightly"]\n')
+    basic = base64.b64encode(f"anyone:{token}".encode()).decode()
+    with Program(tmp_path / "data", "--config", str(config)) as program:
+        for directory, field, status in (
+            ("nightly", "X: y", 401), ("nightly", "Authorization: Bearer wrong", 401),
+            ("nightly", f"Authorization: Basic A{basic}", 401), ("app", f"Authorization: Basic {basic}", 403),
+        ):  # fmt: skip
+            for announced in ("Content-Length: 5000000", CHUNKED):
+                path = f"/artefacts/{directory}/x"
+                answer = program.ask(head("PUT", path, announced, "Expect: 100-continue", field))
+                assert answer.is_problem(status)
+                assert ("WWW-Authenticate" in answer.headers) == (status == 401)
+        assert program.ask(put("/artefacts/nightly/x", b"1", f"Authorization: Bearer {token}")).status == 201
+        assert program.ask(put("/artefacts/nightly/x", b"2", f"Authorization: Basic {basic}")).status == 200
+        assert os.listdir(program.data / "nightly") == ["x"]
+    log = program.log.read_text()
+    assert "127.0.0.1 - ci [" in log
+    assert token not in log
+
+
+@pytest.mark.parametrize(("path", "field", "status"), [
+    (THERE, "If-None-Match: *", 412), (FRESH, "X: y", 413), ("/artefacts/app/.new", "X: y", 400)
+])  # fmt: skip
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(
+    program: Program, path: str, field: str, status: int, chunked: bool
+) -> None:
+    """Closing at once would reset the connection, and the answer with it (RFC 9112 §9.6)."""
+    size, piece = MAX_SIZE + (1 << 20 if status == 413 else 0), bytes(1 << 20)
+    with program.connect() as connection:
+        connection.send(head("PUT", path, CHUNKED if chunked else f"Content-Length: {size}", field))
+        for _ in range(size >> 20):
+            connection.send(b"100000\r\n" + piece + b"\r\n" if chunked else piece)
+        assert connection.send(b"0\r\n\r\n" if chunked else b"").answer().is_problem(status)
+        assert connection.ends()
+    eventually(lambda: program.incoming() == [])
+
+
+def test_idle_and_lazy_clients_keep_nobody_waiting(program: Program, large: bytes) -> None:
+    """Hundreds: many say nothing, some stop in the middle, more than there are threads do not read."""
+    with contextlib.ExitStack() as opened:
+        for number in range(300):
+            connection = opened.enter_context(program.connect(receive_buffer=4096))
+            if number % 10 == 0:
+                assert connection.send(head("GET", "/artefacts/app/large")).file.read(5) == b"HTTP/"
+            elif number % 10 == 1:
+                connection.send(b"GET /artefacts/app/th")
+            elif number % 10 == 2:
+                connection.send(head("PUT", "/artefacts/app/lazy", "Content-Length: 100") + b"x")
+        assert program.get(THERE).body == b"there"
+        assert program.ask(put("/artefacts/app/among-lazy", b"1")).status == 201
+        assert program.get("/artefacts/app/large").body == large
+
+
+# == The program as a process =====================================================================
+
+
+def test_it_logs_a_line_a_request(tmp_path: Path) -> None:
+    path, evil = "/artefacts/app/x", '/artefacts/app/\x1b[31m"\\\xff'
+    requests = [
+        (put(path, b"12345"), f'"PUT {path} HTTP/1.1" 201 '), (put(path, b"1", "If-None-Match: *"), '" 412 '),
+        (head("GET", path), '" 200 5'), (head("HEAD", path), '" 200 -'), (head("DELETE", path), '" 204 -'),
+        (head("GET", evil), r'"GET /artefacts/app/\x1b[31m\x22\x5c\xff HTTP/1.1" 4'),
+        (head("GET", "/x", "Content-Length: many"), '"GET /x HTTP/1.1" 400 '),
+    ]  # fmt: skip
+    with Program(tmp_path / "data") as program:
+        for number, (request, told) in enumerate(requests, 1):
+            program.ask(request)
+            eventually(lambda: program.log.read_text().count("\n") == number)  # noqa: B023
+            logged = program.log.read_text().splitlines()[-1]
+            assert told in logged
+
+
+def half_sent(program: Program) -> Connection:
+    """An upload that has begun."""
+    connection = program.connect()
+    connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 600000") + bytes(500_000))
+    eventually(program.incoming)
+    return connection
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_in_flight_finish(tmp_path: Path, number: signal.Signals) -> None:
+    large = os.urandom(30_000_000)
+    with Program(tmp_path / "data", "--quiet") as program, contextlib.ExitStack() as opened:
+        program.ask(put("/artefacts/app/large", large))
+        for _ in range(5):
+            opened.enter_context(program.connect())  # idle from the start
+        opened.enter_context(program.connect()).ask(head("GET", "/artefacts/"))  # idle now
+        reader = opened.enter_context(program.connect(receive_buffer=4096))
+        assert reader.send(head("GET", "/artefacts/app/large")).file.read(1) == b"H"
+        writer = opened.enter_context(half_sent(program))
+        program.process.send_signal(number)
+        eventually(lambda: not program.listens())
+        assert writer.send(bytes(100_000)).answer().status == 201
+        assert reader.file.read().endswith(large)
+        assert program.process.wait(5) == 0  # the idle connections are still open
+    assert (tmp_path / "data/app/slow").read_bytes() == bytes(600_000)
+    assert not program.incoming()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    code = ("-W", "ignore", str(PROGRAM))  # at once is not tidily
+    with Program(tmp_path / "data", "--quiet", code=code) as program, half_sent(program):
+        program.process.send_signal(signal.SIGINT)
+        eventually(lambda: not program.listens())
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(a.GRACE / 2) != 0
+
+
+def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path) -> None:
+    code = IMPORT + "artefacts.GRACE = 1; artefacts.main()"
+    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program, half_sent(program):
+        assert program.stop() == 0
+    assert not (tmp_path / "data/app").exists()
+
+
+@pytest.mark.parametrize("options", [
+    "--nonsense", "--port many", "--port 70000", "--port {port}", "--threads 0", "--keep-versions -1",
+    "--keep-versions some", "--max-size 2parsecs", "--max-size -1", "--data {file}", "--data {file}/below",
+    "--config {file}/missing", "--config {broken}", "--host 0.0.0.0", "--host 203.0.113.1 --open",
+])  # fmt: skip
+def test_what_it_cannot_do_is_one_line_and_exit_2(program: Program, tmp_path: Path, options: str) -> None:
+    file, broken = tmp_path / "file", tmp_path / "broken.toml"
+    file.touch()
+    broken.write_text("[anonymous]\nread = everything\n")
+    given = options.format(file=file, broken=broken, port=program.port).split()
+    command = [sys.executable, str(PROGRAM), "--port", "0", "--data", str(tmp_path / "data"), *given]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    assert (ended.returncode, ended.stdout) == (2, ""), ended
+    assert re.fullmatch(r"artefacts\.py: [^\n]{10,}\n", ended.stderr), ended.stderr
+
+
+def test_importing_it_does_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.dont_write_bytecode = True\n" + IMPORT + "import logging, os, signal, threading\n"
+        "assert os.listdir() == [] and threading.active_count() == 1 and not logging.root.handlers\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=10, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged_and_tears_nothing(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    sent: dict[str, list[str]] = {}  # by id, the digests of the bodies in the order they were sent
+    acknowledged: dict[str, int] = {}  # by id, how many of them were
+
+    def upload(worker: int) -> None:
+        for number in itertools.count():
+            id = f"replaced-{worker}" if number % 2 else f"{worker}/{number}"
+            body = os.urandom((1000, 300_000, 2_000_000)[number % 3])
+            sent.setdefault(id, []).append(sha256(body))
+            try:
+                assert program.ask(put(f"/artefacts/app/{id}", body)).status in (200, 201)
+            except (OSError, AssertionError):
+                assert killed.is_set()
+                return
+            acknowledged[id] = len(sent[id])
+
+    for round in range(3):
+        killed = threading.Event()
+        sent.clear()
+        acknowledged.clear()
+        with Program(data, "--keep-versions", "2") as program:
+            with concurrent.futures.ThreadPoolExecutor(6) as workers:
+                uploads = [workers.submit(upload, worker + 10 * round) for worker in range(6)]
+                eventually(lambda: len(acknowledged) > 20, 20)
+                killed.set()
+                program.process.kill()
+                program.process.wait()
+            assert [future.result() for future in uploads] == [None] * 6
+        with Program(data, "--keep-versions", "2") as program:
+            for id, count in acknowledged.items():
+                answer = program.get(f"/artefacts/app/{id}")
+                assert sha256(answer.body) in sent[id][count - 1 :], id
+                assert answer.etag == f'"{sha256(answer.body)}"'
+            listed = program.get("/artefacts/app?format=sha256sums").body.decode()
+            for digest, id in (line.split("  ") for line in listed.splitlines()):
+                assert sha256((data / "app" / id).read_bytes()) == digest
+                assert id not in sent or digest in sent[id]
+            for id in sent:
+                assert program.ask(put(f"/artefacts/app/{id}", b"again")).status in (200, 201)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Program]]:
+    """Two processes that serve one data directory."""
+    data = tmp_path_factory.mktemp("pair") / "data"
+    with Program(data) as one, Program(data) as other:
+        yield [one, other]
+
+
+def at_once(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
+    """The statuses of requests that are all sent at one moment, to both processes in turn."""
+    ready = threading.Barrier(len(requests))
+
+    def send(number: int) -> int:
+        with pair[number % 2].connect() as connection:
+            ready.wait(10)
+            return connection.ask(requests[number]).status
+
+    with concurrent.futures.ThreadPoolExecutor(len(requests)) as clients:
+        return sorted(clients.map(send, range(len(requests))))
+
+
+def test_of_many_who_replace_one_state_one_wins(pair: list[Program]) -> None:
+    etag = pair[0].ask(put("/artefacts/app/contended", b"0")).etag
+    for round in range(1, 13):
+        bodies = [f"{round} by {client}".encode() for client in range(8)]
+        requests = [put("/artefacts/app/contended", body, f"If-Match: {etag}") for body in bodies]
+        assert at_once(pair, requests) == [200] + [412] * 7
+        answer = pair[round % 2].get("/artefacts/app/contended")
+        assert answer.body in bodies
+        etag = answer.etag
+
+
+@pytest.mark.parametrize(("method", "field", "refusal"), [
+    ("POST", "X: y", 409), ("PUT", "If-None-Match: *", 412)
+])  # fmt: skip
+def test_of_many_who_create_it_one_wins(pair: list[Program], method: str, field: str, refusal: int) -> None:
+    for round in range(12):
+        path = f"/artefacts/{method}-{round}/created"
+        requests = [put(path, b"%d" % client, field, method=method) for client in range(8)]
+        assert at_once(pair, requests) == [201] + [refusal] * 7
+
+
+def test_counters_that_are_incremented_by_if_match_are_exact(pair: list[Program]) -> None:
+    path, clients, each = "/artefacts/app/counter", 6, 12
+    pair[0].ask(put(path, b"0"))
+
+    def count(client: int) -> None:
+        with pair[client % 2].connect() as connection:
+            done = 0
+            while done < each:
+                current = connection.ask(head("GET", path))
+                following = b"%d" % (int(current.body) + 1)
+                done += connection.ask(put(path, following, f"If-Match: {current.etag}")).status == 200
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as workers:
+        list(workers.map(count, range(clients)))
+    assert pair[1].get(path).body == b"%d" % (clients * each)
+
+
+def test_no_reader_sees_a_torn_or_missing_artefact_while_it_is_replaced(pair: list[Program]) -> None:
+    path, written = "/artefacts/app/replaced", threading.Event()
+    pair[0].ask(put(path, b"first"))
+
+    def read(reader: int) -> int:
+        seen = set()
+        with pair[reader % 2].connect() as connection:
+            while not written.is_set():
+                answer = connection.ask(head("GET", path))
+                assert (answer.status, answer.etag) == (200, f'"{sha256(answer.body)}"')
+                seen.add(answer.etag)
+        return len(seen)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as readers:
+        reading = [readers.submit(read, reader) for reader in range(4)]
+        try:
+            for number in range(60):
+                assert pair[number % 2].ask(put(path, os.urandom((300, 400_000)[number % 2]))).status == 200
+        finally:
+            written.set()
+        assert all(future.result() > 3 for future in reading)
+
+
+def test_pushes_and_deletes_of_one_place_do_not_disturb_each_other(pair: list[Program]) -> None:
+    """They make and remove the same folders all the time: each is performed, or finds nothing there."""
+    path, allowed = "/artefacts/busy/a/b/c", {200, 201, 204, 404}
+    requests = [
+        put(path, b"1"), head("DELETE", path), put(path, bytes(300_000)), head("GET", "/artefacts/busy"),
+        put("/artefacts/busy/a/d", b"2"), head("DELETE", "/artefacts/busy/a/d"), head("GET", "/artefacts/"),
+        head("DELETE", "/artefacts/busy"), head("GET", path), head("GET", path + "?versions"),
+    ]  # fmt: skip
+
+    def work(worker: int) -> set[int]:
+        with pair[worker % 2].connect() as connection:
+            turn = [requests[(worker + 3 * number) % len(requests)] for number in range(100)]
+            return {connection.ask(request).status for request in turn}
+
+    with concurrent.futures.ThreadPoolExecutor(6) as workers:
+        assert set().union(*workers.map(work, range(6))) == allowed
+    assert pair[0].ask(put(path, b"last")).status in (200, 201)
+    assert pair[1].get(path).body == b"last"
+
+
+# == curl, as people use it =======================================================================
+
+
+@pytest.fixture
+def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
+    def run(*arguments: str, input: bytes = b"") -> str:
+        """What curl writes, `@` in its arguments standing for the server."""
+        there = [argument.replace("@/", f"http://127.0.0.1:{program.port}/") for argument in arguments]
+        command = ["curl", "-sS", "-m", "20", *there]
+        done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done
+        return done.stdout.decode()
+
+    (tmp_path / "f.txt").write_bytes(b"hello\n")
+    return run
+
+
+STATUS = ("-o", "answer", "-w", "%{http_code} %{size_upload}")
+
+
+def test_curl_uploads(curl: Callable[..., str], tmp_path: Path) -> None:
+    stored = json.loads(curl("-T", "f.txt", "@/artefacts/curl/"))
+    assert (stored["id"], stored["size"], stored["type"]) == ("f.txt", 6, "text/plain")
+    assert json.loads(curl("-T", "-", "@/artefacts/curl/piped", input=b"piped"))["size"] == 5
+    stored = json.loads(curl("--data-binary", "@f.txt", "@/artefacts/curl/posted.json"))
+    assert (stored["sha256"], stored["type"]) == (sha256(b"hello\n"), "application/json")
+    assert json.loads(curl("-X", "PUT", "@/artefacts/curl/empty"))["size"] == 0
+    assert json.loads(curl("-T", "/dev/null", "@/artefacts/curl/null"))["size"] == 0
+    large = os.urandom(5_000_000)
+    (tmp_path / "large").write_bytes(large)
+    assert curl("-T", "large", "@/artefacts/curl/", *STATUS) == "201 5000000"
+    assert curl("-T", ".", "@/artefacts/curl/large", *STATUS, input=large).startswith("200 ")
+    curl("-o", "back", "@/artefacts/curl/large")
+    assert (tmp_path / "back").read_bytes() == large
+
+
+def test_curl_is_refused_before_it_sends(curl: Callable[..., str], tmp_path: Path) -> None:
+    """With `Expect`, which `-T` sends by itself from 1 MB on in every version."""
+    (tmp_path / "large").write_bytes(bytes(2_000_000))
+    with_expect = ("-H", "Expect: 100-continue", "-T", "large", *STATUS)
+    assert curl("-H", "If-None-Match: *", *with_expect, "@" + THERE) == "412 0"
+    assert curl("-X", "POST", *with_expect, "@" + THERE) == "409 0"
+    assert curl(*with_expect, "@/artefacts/app/.hidden") == "400 0"
+    assert curl("-H", f"Content-Length: {MAX_SIZE + 1}", *with_expect, "@" + FRESH) == "413 0"
+    etag = sha256(bytes(2_000_000))
+    assert curl(*with_expect, "@/artefacts/app/unchanged") == "201 2000000"
+    assert curl("-H", f'If-None-Match: "{etag}"', *with_expect, "@/artefacts/app/unchanged") == "412 0"
+
+
+def test_curl_resumes(curl: Callable[..., str], tmp_path: Path, large: bytes) -> None:
+    (tmp_path / "large").write_bytes(large[:1_000_000])
+    curl("-C", "-", "-o", "large", "@/artefacts/app/large")
+    assert (tmp_path / "large").read_bytes() == large
+    curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # finished: 416 with the length
+    assert (tmp_path / "large").read_bytes() == large
+    # Resuming an upload would store a part of it.
+    assert curl("-C", "2", "-T", "f.txt", "@/artefacts/curl/part", *STATUS) == "400 0"
+    assert curl("@/artefacts/curl/part", *STATUS) == "404 0"
+
+
+def test_curl_asks_whether_it_changed(curl: Callable[..., str], tmp_path: Path) -> None:
+    there = "@" + THERE
+    code = ("-o", "got", "-w", "%{http_code}")
+    assert curl("--etag-save", "etag", there, *code) == "200"
+    assert (tmp_path / "etag").read_text().strip() == f'"{sha256(b"there")}"'
+    assert curl("--etag-compare", "etag", there, *code) == "304"
+    assert curl("-R", there, *code) == "200"  # got bears the server's time
+    assert curl("-z", "got", there, *code) == "304"
+    assert curl("-z", "Thu, 01 Jan 1970 00:00:00 GMT", there, *code) == "200"
+
+
+@pytest.mark.parametrize("name", [
+    "plain.tar.gz", "with space.txt", "quo'te.bin", "ünïcödé ✓.zip", "a;b=c.txt", "100%.txt", 'q"q.txt',
+])  # fmt: skip
+def test_curl_saves_under_the_name(curl: Callable[..., str], tmp_path: Path, name: str) -> None:
+    assert curl("-T", "f.txt", f"@/artefacts/curl/below/{quote(name)}", *STATUS) == "201 6"
+    before = set(os.listdir(tmp_path))
+    curl("-OJ", f"@/artefacts/curl/below/{quote(name)}")
+    (saved,) = set(os.listdir(tmp_path)) - before
+    # curl does not unescape a quotation mark, and falls back to the URL's last segment.
+    assert saved == (name if '"' not in name else quote(name))
+    assert (tmp_path / saved).read_bytes() == b"hello\n"
+
+
+def test_curl_looks_at_the_header(curl: Callable[..., str]) -> None:
+    told = curl("-I", "@" + THERE)
+    assert told.startswith("HTTP/1.1 200 OK\r\n")
+    assert told.endswith("\r\n\r\n")
+    assert f'\nETag: "{sha256(b"there")}"\r\n' in told
+    assert "\nContent-Length: 5\r\n" in told
+    assert curl("-I", "@/artefacts/app", *STATUS) == "200 0"
