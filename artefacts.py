@@ -66,6 +66,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import quote, urlencode
 
@@ -76,6 +77,7 @@ import waitress.parser
 import waitress.server
 import waitress.task
 import waitress.wasyncore
+from falcon.util import BufferedReader
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
@@ -1041,7 +1043,7 @@ ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
-FORMATS = ("json", "sha256sums", "tar")
+FORMATS = ("json", "html", "sha256sums", "tar")
 NOT_MODIFIED = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
 HARMLESS = {  # whatever is stored, it runs nothing here (Fetch; CSP 3)
     "X-Content-Type-Options": "nosniff",
@@ -1284,34 +1286,42 @@ class Resource:
             body.verify(length, None)
         stored: list[Artefact] = []
         refused: list[dict[str, Any]] = []
-        for name, part in files_of_form(req, length):
-            try:
-                stored.append(self._push_part(directory, id or name, part))
-            except (ArtefactsError, OSError) as error:
-                status, detail = answer_to(error)
-                refused.append({"id": id or name, "status": status, "detail": detail})
+        try:
+            for name, type, content in files_of_form(req, length):
+                try:
+                    stored.append(self._push_part(directory, id or name, type, content))
+                except (ArtefactsError, OSError) as error:
+                    status, detail = answer_to(error)
+                    refused.append({"id": id or name, "status": status, "detail": detail})
+        except falcon.HTTPError as error:
+            detail = f"The form cannot be read from here on ({error.description}). Send it again."
+            refused.append({"id": None, "status": 400, "detail": detail})
         base = base_of(req)
         rows = ", ".join(artefact_json(artefact, base) for artefact in stored)
         text = f'"directory": {_json(directory)}, "artefacts": [{rows}], "refused": {json.dumps(refused)}}}'
-        if refused:
+        if not stored and not refused:
+            raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
+        if format_of(req) == "html":  # likewise
+            if not refused:
+                raise falcon.HTTPSeeOther(href(base, directory))
+            resp.status = falcon.code_to_http_status(refused[0]["status"])
+            render_page(resp, refusals_page(directory, refused, base))
+        elif refused:
             resp.status = falcon.code_to_http_status(refused[0]["status"])
             detail = f"{len(stored)} stored, {len(refused)} refused: 'refused' tells which, and why."
             text = problem(str(resp.status), detail).decode().rstrip("}\n") + ", " + text
             render_json(resp, text, "application/problem+json")
-        elif not stored:
-            raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
         else:
             resp.status = falcon.HTTP_201
             render_json(resp, "{" + text)
 
-    def _push_part(self, directory: str, id: str, part: BodyPart) -> Artefact:
+    def _push_part(self, directory: str, id: str, type: str, content: Iterable[bytes]) -> Artefact:
         check = absence(directory, id, no_check)
         self.repository.admit(directory, id, 0, check)
         with self.repository.stage(self.settings.of(directory, "max_size")) as upload:
-            while piece := part.stream.read(PIECE):
+            for piece in content:
                 upload.write(piece)
-            type = type_of(id, part.content_type if part.content_type != "text/plain" else None)
-            return self.repository.push(upload, directory, id, type=type, check=check)[0]
+            return self.repository.push(upload, directory, id, type=type_of(id, type), check=check)[0]
 
     def on_propfind(self, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
         # sccache asks so before it writes; it takes 404 for "not there yet", and gives up at 405
@@ -1334,6 +1344,10 @@ class Directories(Resource):
         end_first_look(req)
         who, base = req.env["artefacts.who"], base_of(req)
         names = [name for name in self.repository.directories() if who.may("read", name)]
+        resp.set_header("Vary", "Accept")
+        if format_of(req) == "html":
+            render_page(resp, directories_page(names, base))
+            return
         rows = (f'{{"directory": {_json(name)}, "href": {_json(href(base, name))}}}' for name in names)
         render_json(resp, f'{{"directories": [{", ".join(rows)}]}}')
 
@@ -1345,7 +1359,7 @@ class Directory(Resource):
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
         end_first_look(req)
-        format = preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
+        format = format_of(req)
         limit = whole_number(req.get_param("limit"))
         listing = self.repository.artefacts(
             directory, prefix=req.get_param("prefix") or "", after=req.get_param("after") or "",
@@ -1362,11 +1376,13 @@ class Directory(Resource):
         if format == "tar":
             resp.content_type = "application/x-tar"
             resp.set_header("Content-Disposition", content_disposition(f"{directory}.tar"))
-            if req.method == "GET":
-                resp.stream = tar(self.repository, found)
+            resp.stream = tar(self.repository, found) if req.method == "GET" else iter(())
         elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
             resp.text = "".join(f"{artefact.sha256}  {artefact.id}\n" for artefact in found)
+        elif format == "html":
+            here = "" if req.env["PATH_INFO"].endswith("/") else quote(directory, safe="") + "/"
+            render_page(resp, directory_page(directory, found, here, following))
         else:
             base = base_of(req)
             rows = ", ".join(artefact_json(artefact, base) for artefact in found)
@@ -1406,9 +1422,14 @@ class ArtefactResource(Resource):
 
     def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         end_first_look(req)
+        versions, base = self.repository.versions(directory, id), base_of(req)
+        resp.set_header("Vary", "Accept")
+        if format_of(req) == "html":
+            render_page(resp, versions_page(versions, directory, id, base))
+            return
         rows = ", ".join(
-            artefact_json(artefact, base_of(req), artefact.version, f', "current": {json.dumps(current)}')
-            for artefact, current in self.repository.versions(directory, id)
+            artefact_json(artefact, base, artefact.version, f', "current": {json.dumps(current)}')
+            for artefact, current in versions
         )
         render_json(resp, f'{{"directory": {_json(directory)}, "id": {_json(id)}, "versions": [{rows}]}}')
 
@@ -1448,9 +1469,13 @@ class ArtefactResource(Resource):
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         if req.has_param("restore"):
+            if isinstance(req.env["wsgi.input"], Upload):
+                req.env["wsgi.input"].limit = PIECE  # whoever sends a body, it is not looked at
             end_first_look(req)
             version, check = req.get_param("restore") or "", self._check(req, directory, id)
             restored, _ = self.repository.restore(directory, id, version, check=check)
+            if format_of(req) == "html":  # a person's browser, without its script
+                raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
             self._tell_stored(req, resp, restored, created=True)
         elif is_form(req):
             self.push_form(req, resp, directory, id)
@@ -1520,6 +1545,10 @@ def base_of(req: falcon.Request) -> str:
     return quote(req.root_path) if req.root_path else ""
 
 
+def format_of(req: falcon.Request) -> str:
+    return preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
+
+
 def conditions_of(req: falcon.Request) -> dict[str, str]:
     return {name: req.env[name] for name in CONDITIONS if name in req.env}
 
@@ -1573,13 +1602,26 @@ def is_form(req: falcon.Request) -> bool:
     return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
 
 
-def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, BodyPart]]:
-    """(name without folders, in which browsers differ; part) of a form's files."""
+def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, str, Iterator[bytes]]]:
+    """(name without folders, in which browsers differ; type; content) of a form's files. HTTPError
+    where it is no form, or none from here on; the content's InvalidRequest where it was cut short."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # any number
-    for part in handler.deserialize(body_of(req, length), req.content_type, length):
-        if part.filename:  # else a field, or a file that was not chosen
-            yield part.filename.replace("\\", "/").rpartition("/")[2], part
+    stream = BufferedReader(body_of(req, length).read, sys.maxsize if length is None else length)
+
+    def content(part: BodyPart) -> Iterator[bytes]:
+        while piece := part.stream.read(PIECE):
+            yield piece
+        if not stream.peek(1):  # where the delimiter should be
+            raise InvalidRequest("The form ends within this file. Send it again.")
+
+    for part in handler.deserialize(stream, req.content_type, length):
+        name, type = "\ufffd", ""
+        with contextlib.suppress(UnicodeDecodeError):
+            name = part.filename or ""
+            type = part.content_type if part.content_type != "text/plain" else ""
+        if name:  # else a field, or a file that was not chosen
+            yield name.replace("\\", "/").rpartition("/")[2], type, content(part)
 
 
 def tar(repository: Repository, artefacts: Iterable[Artefact]) -> Iterator[bytes]:
@@ -1599,6 +1641,13 @@ def render_json(resp: falcon.Response, text: str, type: str = falcon.MEDIA_JSON)
     resp.content_type = type
     resp.set_header("Cache-Control", "no-cache")
     resp.data = text.encode() + b"\n"
+
+
+def render_page(resp: falcon.Response, text: str) -> None:
+    resp.content_type = "text/html; charset=utf-8"
+    resp.set_headers({"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
+    resp.set_header("Content-Security-Policy", page_policy())
+    resp.data = text.encode()
 
 
 def send_file(req: falcon.Request, resp: falcon.Response, content: Content, start: int, length: int) -> None:
@@ -1636,6 +1685,273 @@ def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
         if not piece:
             return
         upload.write(piece)
+
+
+# == The page =====================================================================================
+#
+# Rendered here, and of use as it is. The script renders no row: after a change it fetches the same
+# page anew and takes its rows. Below a listing, artefacts and the listing's continuation are the only
+# links (what else leads somewhere is a button), so that pip, wget and rclone take nothing else for one.
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:"><title>@@</title>
+<style>
+:root { color-scheme: light dark; --soft: light-dark(#59646e, #9aa6b1); --blue: light-dark(#0757a8, #7ab8ff);
+  --red: light-dark(#b3261e, #ff938a); --paper: light-dark(#fff, #15191d); --edge: 1px solid #8886;
+  font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); accent-color: var(--blue); }
+body { max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; } h1 { font-size: 1.4rem; }
+a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; } ul { padding: 0; }
+.bar, li { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; } #search { flex: 1; }
+.bar p { flex: 1 0 100%; margin: 0; } li :is(bdi, span) { flex: 1 1 12rem; text-align: left; }
+li[class] progress { display: none; } .failed span { color: var(--red); } label, input { max-width: 100%; }
+button, input { font: inherit; color: inherit; background: var(--paper); border: var(--edge);
+  border-radius: .4rem; padding: .3rem .7rem; box-sizing: border-box; }
+:focus-visible, .over { outline: 2px solid var(--blue); }
+#upload { border: 2px dashed #8886; border-radius: .6rem; padding: 1rem; background: #8881; }
+main:not(:has(time)) label:has(#newest) { display: none; } button:hover, tbody tr:hover { background: #8881; }
+tbody:empty::after { content: "Nothing here yet."; }
+table { width: 100%; border-collapse: collapse; margin-top: 1rem; } tr { border-bottom: var(--edge); }
+td, th { padding: .3rem .4rem; text-align: left; white-space: nowrap; } td:nth-child(2) { text-align: right; }
+td:first-child { white-space: normal; width: 99%; } th { position: sticky; top: 0; background: var(--paper); }
+td button { border: 0; padding: 0 .8rem 0 0; background: none; } .gone a { text-decoration: line-through; }
+#upload p, time, output, span, td button:not(:hover), .gone a { color: var(--soft); }
+#status { position: sticky; bottom: 0; background: var(--paper); } dialog { max-width: min(30rem, 80vw);
+  background: var(--paper); border: var(--edge); border-radius: .6rem; }
+@media (max-width: 48rem) { thead { display: none; } tr { display: flex; flex-wrap: wrap; padding: .3rem 0; }
+  td { padding: .1rem .4rem; } td:first-child { flex: 1 1 100%; } }
+@media (scripting: none) { .script, td:last-child [type=button] { display: none; } }
+</style>
+@@
+<p id="status" role="status"></p>
+<dialog aria-labelledby="question"><form method="dialog" class="bar"><p id="question"></p>
+<button>Cancel</button><button id="yes" value="yes"></button></form></dialog>
+<template><li><bdi></bdi><progress value="0"></progress><span>waiting</span><button>Cancel</button></template>
+<script type="module">
+const $ = (query) => document.querySelector(query), all = (query) => [...document.querySelectorAll(query)];
+const form = $("#upload"), files = $("#files"), search = $("#search"), newest = $("#newest");
+const say = (text) => { $("#status").textContent = text; };
+const isolated = (name) => `\u2068${name}\u2069`;  // from the direction of the text around it
+const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
+const facts = (row, link = row.querySelector("a"), [url, digest = ""] = link.href.split("#sha256=")) =>
+  ({row, url, digest, name: link.textContent, time: row.querySelector("time")?.dateTime});
+let running = 0, queue = [];  // uploads: how many are at work, and those that wait for their turn
+let asking = Promise.resolve();  // the last question; the next one waits for its answer
+
+function show() {  // the rows: in which order, which of them, and how old they are
+  const rows = all("tbody tr").map((row) => facts(row)), words = search?.value.toLowerCase().split(/\s+/);
+  if (newest?.checked) rows.sort((a, b) => a.time < b.time ? 1 : -1).map(({row}) => $("tbody").append(row));
+  for (const {row, name, digest} of search ? rows : [])
+    row.hidden = !words.every((word) => name.toLowerCase().includes(word) || word === digest);
+  if (search) $("output").value = `${rows.filter(({row}) => !row.hidden).length} of ${rows.length}`;
+  for (const time of all("time")) {
+    const at = new Date(time.dateTime), hours = Math.max(0, Date.now() - at) / 3600000;
+    const [count, unit] = hours < 1 ? [hours * 60, "min"] : hours < 48 ? [hours, "h"] : [hours / 24, "days"];
+    time.textContent = count < 1 ? "just now" : `${Math.floor(count)} ${unit} ago`;
+    time.title = at.toLocaleString();
+  }
+}
+async function refresh() {
+  const text = await (await fetch(location, {headers: {Accept: "text/html"}})).text();
+  $("tbody").replaceWith(new DOMParser().parseFromString(text, "text/html").querySelector("tbody"));
+  show();
+}
+const ask = (question, yes, dialog = $("dialog")) => asking = asking.then(() => new Promise((resolve) => {
+  [$("#question").textContent, $("#yes").textContent, dialog.returnValue] = [question, yes, ""];
+  dialog.onclose = () => resolve(dialog.returnValue);
+  dialog.showModal();
+}));
+async function change(method, url, headers) {  // whether it was done
+  const answer = await fetch(url, {method, headers});
+  if (!answer.ok) say((await answer.json()).detail);
+  return answer.ok;
+}
+function copy(text, what) {  // navigator.clipboard is there on https and localhost only
+  document.oncopy = (event) => [event.preventDefault(), event.clipboardData.setData("text/plain", text)];
+  say(document.execCommand("copy") ? `${what} copied.` : `Copy it by hand: ${text}`);
+  document.oncopy = null;
+}
+const actions = {  // of the buttons, by their names
+  link: ({url}) => copy(url, "Link"),
+  curl: ({url}) => copy(`curl -fOJ '${url}'`, "curl command"),
+  sha256: ({digest}) => copy(digest, "SHA-256"),
+  async restore({name, button}) {
+    if (await ask(`Restore ${name}?`, "Restore") && await change("POST", button.formAction)) refresh();
+  },
+  async delete({row, url, digest, name}) {
+    const [, size, age] = [...row.cells].map((cell) => cell.textContent);
+    const what = age ? `, ${size}, stored ${age}` : " and all that is in it";
+    if (!await ask(`Delete ${isolated(name)}${what}?`, "Delete")) return;
+    if (!await change("DELETE", url, digest ? {"If-Match": `"${digest}"`} : {})) return;
+    const {ok: kept} = await fetch(`${url}?versions`, {method: "HEAD"});
+    if (kept) row.className = "gone"; else row.remove();  // where there are versions they stay within reach
+    say(`${isolated(name)} is deleted.${kept ? " Its versions are kept." : ""}`);
+  },
+};
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button"), action = actions[button?.name];
+  if (!action) return;
+  event.preventDefault();
+  action({button, ...facts(button.closest("tr"))});
+});
+
+async function push(chosen) {  // asks first, and once, about what would be replaced
+  const folder = $("#into").value.split("/").filter(Boolean);
+  const uploads = await Promise.all(chosen.map(async (file) => {
+    const path = [...folder, file.name], url = form.action + path.map(encodeURIComponent).join("/");
+    const there = await fetch(url, {method: "HEAD"});
+    return {file, url, name: path.join("/"), etag: there.ok && there.headers.get("ETag")};
+  }));
+  const names = uploads.filter(({etag}) => etag).map(({name}) => isolated(name)).join(", ");
+  const replace = names && await ask(`Replace ${names}?`, "Replace");
+  queue.push(...uploads.filter(({etag}) => replace || !etag).map(upload));
+  while (running < 3 && queue.length) work();
+}
+async function work() {
+  for (running++; queue.length;) await queue.shift()();
+  if (!--running) refresh();
+}
+function upload({file, url, name, etag}) {  // adds a line to the list; returns what sends the file
+  const line = $("template").content.firstElementChild.cloneNode(true), request = new XMLHttpRequest();
+  const [label, bar, note, cancel] = line.children, end = (state, text) => {
+    [line.className, note.textContent] = [state, text];
+    cancel.remove();
+    say(`${all(".stored").length} stored, ${all(".failed").length} not, ${all("li button").length} to go.`);
+  };
+  const send = () => new Promise((resolve) => {
+    const began = performance.now();
+    request.open("PUT", url);
+    request.setRequestHeader(...(etag ? ["If-Match", etag] : ["If-None-Match", "*"]));
+    request.responseType = "json";
+    request.upload.onprogress = ({loaded, total}) => {
+      const speed = loaded / (performance.now() - began) * 1000;
+      note.textContent = `${megabytes(loaded)} of ${megabytes(total)} MB, ${megabytes(speed)} MB/s`;
+      bar.value = loaded / total;
+    };
+    request.onload = () => request.status < 300 ? end("stored", "stored")
+      : end("failed", request.response?.detail ?? `The answer was ${request.status}.`);
+    request.onerror = () => end("failed", "It could not be read or sent. Is it a folder?");
+    request.onloadend = resolve;
+    request.send(file);
+  });
+  cancel.onclick = () => {
+    queue = queue.filter((other) => other !== send);
+    request.abort();
+    end("failed", "cancelled");
+  };
+  label.textContent = bar.ariaLabel = name;
+  $("#uploads").append(line);
+  return send;
+}
+if (form) {
+  files.onchange = () => form.requestSubmit();
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    push([...files.files]).catch((error) => say(error.message));
+    files.value = "";
+  };
+  for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
+    event.preventDefault();
+    form.classList.toggle("over", type === "dragover");
+    if (type === "drop") files.files = event.dataTransfer.files, form.requestSubmit();
+  });
+  [search.oninput, newest.onchange] = [show, refresh];
+  addEventListener("beforeunload", (event) => { if (running) event.preventDefault(); });
+}
+show();
+</script>
+"""
+UPLOAD = """<form id="upload" class="bar" method="post" enctype="multipart/form-data" action="%s">
+<label class="script">%s pattern="(?!\\.|.*/\\.).*" title="Nothing in it begins with a dot"></label>
+<label>Files <input id="files" type="file" name="file" multiple required></label><button>Upload</button>
+<p class="script">Or drop files anywhere on this page.</p></form><ul id="uploads"></ul>
+<div class="bar script"><input id="search" type="search" aria-label="Filter" placeholder="Name or SHA-256">
+<label><input id="newest" type="checkbox"> Newest first</label><output></output></div>
+"""
+BUTTON = '<button type="button" name="{}" title="{}">{}</button>'  # of no use without the script
+COPY = BUTTON.format("link", "Copy link", "Link") + BUTTON.format("curl", "Copy curl command", "curl")
+DELETE = BUTTON.format("delete", "", "Delete")
+
+
+@functools.cache
+def page_policy() -> str:
+    """The Content-Security-Policy of a page: only its own style and script, known by their hashes."""
+    inline = re.findall(r"<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
+    return (
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; "
+        "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ).format(*hashes)
+
+
+def page(title: str, heading: str, content: str) -> str:
+    """A page, of its title (text), its heading and its content (HTML)."""
+    start, middle, end = PAGE.split("@@")
+    return f"{start}{escape(title)}{middle}<main><h1>{heading}</h1>\n{content}</main>{end}"
+
+
+def page_table(method: str, rows: Iterable[str]) -> str:
+    head = "<thead><tr><th>Name<th>Size<th>Stored<th>SHA-256<td></thead>"
+    return f'<form method="{method}"><table>{head}\n<tbody>{"".join(rows)}</tbody></table></form>\n'
+
+
+def page_row(artefact: Artefact, link: str, name: str, buttons: str) -> str:
+    size, unit = float(artefact.size), 0
+    while size >= 999.5:
+        size, unit = size / 1000, unit + 1
+    sha256, time = artefact.sha256, artefact.modified
+    copy = BUTTON.format("sha256", f"Copy {sha256}", sha256[:12]) if sha256 else ""
+    return (
+        f'<tr><td role="rowheader"><a href="{link}{f"#sha256={sha256}" if sha256 else ""}">'
+        f'<bdi>{escape(name)}</bdi></a><td title="{artefact.size} bytes">{size:.3g} {["", *"kMGTPE"][unit]}B'
+        f'<td><time datetime="{time}">{time[:16].replace("T", " ")}</time><td>{copy}<td>{COPY}{buttons}\n'
+    )
+
+
+def directories_page(names: Sequence[str], base: str) -> str:
+    """The directories; `base`: where the program is mounted."""
+    row = '<tr><td role="rowheader"><a href="{}"><bdi>{}</bdi></a><td>{}\n'
+    rows = "".join(row.format(href(base, name), escape(name), DELETE) for name in names)
+    form = UPLOAD % (f"{base}/artefacts/", 'Directory <input id="into" required')
+    table = f"<table><tbody>{rows}</tbody></table>\n"
+    return page("Artefacts", "Artefacts", f'<div class="script">{form}</div>{table}')
+
+
+def directory_page(directory: str, artefacts: Iterable[Artefact], here: str, following: str | None) -> str:
+    """A directory's artefacts. `here`: what leads from the page's URL into the directory; `following`:
+    the URL of the listing's continuation."""
+
+    def row(artefact: Artefact) -> str:
+        link = here + quote(artefact.id)
+        versions = f'<button name="versions" formaction="{link}">Versions</button>'
+        return page_row(artefact, link, artefact.id, versions + DELETE)
+
+    heading = f'<a href="{"./" if here else "../"}">Artefacts</a> / <bdi>{escape(directory)}</bdi>'
+    form = UPLOAD % (here or "./", 'Folder <input id="into" placeholder="optional"')
+    more = f'<p><a rel="next" href="{escape(following)}">More</a></p>\n' if following else ""
+    return page(f"Artefacts: {directory}", heading, form + page_table("get", map(row, artefacts)) + more)
+
+
+def versions_page(versions: Iterable[tuple[Artefact, bool]], directory: str, id: str, base: str) -> str:
+    """The versions of an artefact, each with whether it is the current one."""
+
+    def row(artefact: Artefact, current: bool) -> str:
+        version = artefact.version
+        restore = f'<button name="restore" formaction="?restore={version}">Restore</button>{DELETE}'
+        link = href(base, directory, id, version)
+        return page_row(artefact, link, version, "<span>current</span>" if current else restore)
+
+    up = f'<a href="{base}/artefacts/">Artefacts</a> / <a href="{href(base, directory)}">'
+    heading = f"{up}<bdi>{escape(directory)}</bdi></a> / <bdi>{escape(id)}</bdi>"
+    return page(f"Artefacts: {directory}/{id}", heading, page_table("post", itertools.starmap(row, versions)))
+
+
+def refusals_page(directory: str, refused: Iterable[Mapping[str, Any]], base: str) -> str:
+    """What a form's files were refused for, where no script asked."""
+    row, title = "<li><bdi>{}</bdi><span>{}</span>", "Not everything was stored"
+    rows = "".join(row.format(escape(file["id"] or ""), escape(file["detail"])) for file in refused)
+    return page(title, title, f'<ul>{rows}</ul><p><a href="{href(base, directory)}">Back</a></p>')
 
 
 # == Errors: one mapping from exceptions to answers ===============================================
@@ -1999,7 +2315,8 @@ class Parser(waitress.parser.HTTPRequestParser):
             # RFC 9112 §6.1: what follows such a header could be taken for another request
             raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
         if self.body_rcv is not None:
-            self.body_rcv.buf = Body(self.channel.server.repository.stage())
+            limit = None if self.command in ("PUT", "POST") else PIECE  # of a push, the resource knows it
+            self.body_rcv.buf = Body(self.channel.server.repository.stage(limit))
 
     def received(self, data: bytes) -> int:
         in_header = not self.headers_finished
@@ -2080,7 +2397,7 @@ class Task(waitress.task.WSGITask):
             channel.write_now(head + b"".join(body))
         else:
             channel.write_soon(head)
-            for piece in body:
+            for piece in filter(None, body):  # an empty chunk would be the last one (RFC 9112 §7.1)
                 channel.write_soon(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             channel.write_soon(b"0\r\n\r\n" if chunked else b"")
 
@@ -2367,7 +2684,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verify:
             return verify(repository)
         server = make_server(application(repository, settings), repository, options)
-    except (OSError, ValueError, OverflowError) as error:
+    except OSError as error:
+        where = error.filename or f"{options.host}:{options.port}"
+        sys.stderr.write(f"artefacts.py: {where}: {error.strerror}\n")
+        return 2
+    except ValueError as error:
         sys.stderr.write(f"artefacts.py: {error}\n")
         return 2
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import os
@@ -18,15 +19,18 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import quote
+from typing import Any, NamedTuple, Self
+from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
 
 import pytest
 from falcon import testing
@@ -1920,3 +1924,284 @@ def test_curl_looks_at_the_header(curl: Callable[..., str]) -> None:
     assert f'\nETag: "{sha256(b"there")}"\r\n' in told
     assert "\nContent-Length: 5\r\n" in told
     assert curl("-I", "@/artefacts/app", *STATUS) == "200 0"
+
+
+# == Forms and archives ===========================================================================
+
+LARGE = 200 * 1024 * 1024
+FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
+
+
+class Served(NamedTuple):
+    """The program as a process of its own."""
+
+    url: str
+    data: Path
+    pid: int
+
+    def peak(self, *, anew: bool = False) -> int:
+        """The most memory that it held, in bytes; `anew`: from now on."""
+        if anew:
+            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    data = tmp_path_factory.mktemp("served")
+    command = [sys.executable, a.__file__, "--port", "0", "--data", str(data), "--no-fsync", "--quiet"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield Served(process.stdout.readline().strip(), data, process.pid)
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def app(data: Path) -> testing.TestClient:
+    return testing.TestClient(a.create_app(data, fsync=False))
+
+
+def stored(data: Path, directory: str = "app") -> dict[str, bytes]:
+    below = data / directory
+    return {str(file.relative_to(below)): file.read_bytes() for file in below.rglob("*") if file.is_file()}
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [artefact["id"] for artefact in answer.get("artefacts", [])]
+
+
+def run_curl(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """The status and the JSON that it got."""
+    command = ["curl", "-sS", "-w", "%{http_code}", *arguments]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(answer[-3:]), json.loads(answer[:-3])
+
+
+def pipe(url: str, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """curl URL | command"""
+    script = f"set -o pipefail; curl -fsS '{url}' | {command}"
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+
+
+def part(name: bytes, content: bytes = b"content", more: bytes = b"") -> bytes:
+    disposition = b'Content-Disposition: form-data; name="file"; filename="' + name + b'"'
+    return b"--XX\r\n" + disposition + more + b"\r\n\r\n" + content + b"\r\n"
+
+
+def post(app: testing.TestClient, path: str, *parts: bytes) -> testing.Result:
+    return app.simulate_post(path, headers=FORM, body=b"".join(parts) + b"--XX--\r\n")
+
+
+def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None:
+    files = {"a b.bin": b"\r\n--a\0\xff", "empty": b"", "ü ☃.html": b"<p>"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    arguments = [argument for name in files for argument in ("-F", f"file=@{tmp_path / name}")]
+    status, answer = run_curl(*arguments, "-F", "comment=no file", f"{served.url}curl/")
+    assert (status, answer["directory"], answer["refused"]) == (201, "curl", [])
+    assert (ids(answer), stored(served.data, "curl")) == (list(files), files)
+    assert answer["artefacts"] == run_curl(f"{served.url}curl/")[1]["artefacts"]
+    assert answer["artefacts"][2]["type"] == "text/html"
+    file = f"file=@{tmp_path / 'empty'};type=image/png;filename=x"
+    status, answer = run_curl("-F", file, f"{served.url}curl")
+    assert (status, answer["artefacts"][0]["type"]) == (201, "image/png")
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        (b"folder/sub/a", "a"), (b"/a", "a"), (rb"C:\folder\a", "a"), (b"../a", "a"), (rb"..\\..\\a", "a"),
+        (rb"a \"quoted\" name", 'a "quoted" name'), (b"100%; a=b", "100%; a=b"), ("ü ☃".encode(), "ü ☃"),
+        (b"..", None), (b".hidden", None), (b"folder/", None), (b"\x01", None), (b"x" * 256, None),
+        (b"\xff", None),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_part_is_its_file_name_without_folders(
+    app: testing.TestClient, data: Path, name: bytes, id: str | None
+) -> None:
+    result = post(app, "/artefacts/app/", part(b"before"), part(name), part(b"later"))
+    assert result.status_code == (201 if id else 400)
+    assert stored(data) == dict.fromkeys(("before", id or "before", "later"), b"content")
+    assert set(ids(result.json)) == set(stored(data))
+    assert [refused["status"] for refused in result.json["refused"]] == ([] if id else [400])
+
+
+def test_no_file_chosen(app: testing.TestClient, data: Path) -> None:
+    nothing, field = part(b"", b""), b'--XX\r\nContent-Disposition: form-data; name="f"\r\n\r\nx\r\n'
+    for parts in ((nothing,), (field,), ()):
+        result = post(app, "/artefacts/app", *parts)
+        assert (result.status_code, stored(data)) == (400, {})
+        assert "no file" in result.json["detail"]
+    assert post(app, "/artefacts/app", field, nothing, part(b"a"), nothing).status_code == 201
+    assert stored(data) == {"a": b"content"}
+
+
+@pytest.mark.parametrize("first", ["there", ".name", "large"])
+def test_a_refused_part_does_not_keep_others_out(data: Path, first: str) -> None:
+    app = testing.TestClient(a.create_app(data, fsync=False, max_size=100))
+    post(app, "/artefacts/app", part(b"there"))
+    bad = {first: 0, "there": 409, ".name": 400, "large": 413}  # in this order
+    parts = [part(name.encode(), b"x" * (101 if name == "large" else 1)) for name in bad]
+    result = post(app, "/artefacts/app", part(b"before"), *parts, part(b"later"))
+    assert result.status_code in (409, bad[first])
+    assert result.headers["Content-Type"] == "application/problem+json"
+    assert [(refused["id"], refused["status"]) for refused in result.json["refused"]] == [*bad.items()]
+    assert all(refused["detail"] for refused in result.json["refused"])
+    assert ids(result.json) == ["before", "later"]
+    assert stored(data) == dict.fromkeys(("there", "before", "later"), b"content")
+    assert not any((data / ".incoming").iterdir())
+
+
+def test_a_form_cut_short_anywhere_stores_whole_files_or_nothing(app: testing.TestClient, data: Path) -> None:
+    files = {"one": b"1\r\n--X\r\n", "two": b"\r\n\r\n--XYno"}
+    form = b"".join(part(name.encode(), content) for name, content in files.items()) + b"--XX--"
+    for cut in range(len(form)):
+        result = app.simulate_post(f"/artefacts/{cut}", headers=FORM, body=form[:cut])
+        found = stored(data, str(cut))
+        assert result.status_code == 400, cut
+        assert found.items() <= files.items(), cut
+        assert ids(result.json) == list(found), cut
+    assert app.simulate_post("/artefacts/all", headers=FORM, body=form).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("boundary", "body"),
+    [
+        (boundary, part(b"a") + b"--XX--")
+        for boundary in ("", "; boundary=", f"; boundary={'X' * 71}", "; boundary=YY", '; boundary="\xe9"')
+    ] + [("; boundary=XX", body) for body in (
+        b"", b"no form", part(b"a") + b"--YY--\r\n", part(b"a") + part(b"b" * 9000) + b"--XX--\r\n",
+        part(b"a") + part(b"b", more=b"\r\nContent-Transfer-Encoding: base64") + b"--XX--\r\n",
+        b"--XX\r\n\r\nno fields\r\n--XX--\r\n",
+        b"--XX\r\nContent-Disposition: form-data; filename*=no-such''%e9\r\n\r\nx\r\n--XX--\r\n",
+    )],
+)  # fmt: skip
+def test_a_malformed_form_is_refused(
+    app: testing.TestClient, data: Path, boundary: str, body: bytes
+) -> None:
+    fields = {"Content-Type": f"multipart/form-data{boundary}"}
+    result = app.simulate_post("/artefacts/app", headers=fields, body=body)
+    assert (result.status_code, bool(result.json["detail"])) == (400, True)
+    assert ids(result.json) == list(stored(data))
+
+
+def test_a_part_with_an_unreadable_type_goes_by_its_name(app: testing.TestClient) -> None:
+    result = post(app, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
+    assert [artefact["type"] for artefact in result.json["artefacts"]] == ["text/html"]
+
+
+def test_a_form_is_unwrapped_never_stored_as_it_is(app: testing.TestClient, data: Path) -> None:
+    assert post(app, "/artefacts/app/1.0/x", part(b"other")).status_code == 201
+    assert post(app, "/artefacts/app/1.0/x", part(b"other", b"2")).status_code == 409
+    assert post(app, "/artefacts/app/two", part(b"a"), part(b"b", b"2")).status_code == 409
+    assert app.simulate_put("/artefacts/app/put", headers=FORM, body=part(b"a")).status_code == 415
+    assert app.simulate_post("/artefacts/app", body=b"no form").status_code == 415
+    assert stored(data) == {"1.0/x": b"content", "two": b"content"}
+
+
+def test_a_chunked_form_on_a_server_that_streams(app: testing.TestClient, data: Path) -> None:
+    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
+    environ.pop("CONTENT_LENGTH", None)
+    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    environ["wsgi.input"] = io.BytesIO(part(b"a") + b"--XX--\r\n")
+    told = testing.StartResponseMock()
+    app.app(environ, told)
+    assert (told.status, stored(data)) == ("201 Created", {"a": b"content"})
+
+
+@pytest.mark.parametrize("fields", [(), ("-H", "Transfer-Encoding: chunked")], ids=["length", "chunked"])
+def test_a_large_form_takes_no_memory(served: Served, tmp_path: Path, fields: tuple[str, ...]) -> None:
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(LARGE)
+    before, url = served.peak(anew=True), f"{served.url}large{len(fields)}/"
+    assert run_curl(*fields, "-F", f"file=@{tmp_path / 'large'}", url)[0] == 201
+    assert served.peak() - before < 16 * 1024 * 1024
+    subprocess.run(["cmp", tmp_path / "large", served.data / f"large{len(fields)}/large"], check=True)
+
+
+TREE = {
+    "0 empty": b"", "1.0/block": b"x" * 512, "1.0/less": b"x" * 511, "1.0/more": b"x" * 513, "empty": b"",
+    "ü ☃/" + "long/" * 50 + "e" * 250: b"deep", "ü.txt": b"\0\xff",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tree_url(served: Served) -> str:
+    """A directory of odd artefacts, the first of them stored in 2001."""
+    for id, content in TREE.items():
+        with closing(http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)) as connection:
+            connection.request("PUT", f"/artefacts/tree/{quote(id)}", content)
+            assert connection.getresponse().status == 201
+    os.utime(served.data / "tree/0 empty", ns=(0, 1_000_000_000_123_457_000))
+    return f"{served.url}tree"
+
+
+def test_gnu_tar_reproduces_files_and_times(served: Served, tree_url: str, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    assert pipe(f"{tree_url}?format=tar", "tar -x -C tree", tmp_path).returncode == 0
+    assert stored(tmp_path, "tree") == TREE
+    kept, copied = (
+        [(artefact.id, artefact.version) for artefact in a.Repository(data).artefacts("tree")]
+        for data in (served.data, tmp_path)
+    )
+    assert kept == copied
+    assert kept[0] == ("0 empty", "20010909T014640.123457Z")
+
+
+@pytest.mark.parametrize("prefix", ["", "1.0/", "none"])
+def test_python_reads_the_tar_and_prefix_narrows_it(tree_url: str, prefix: str) -> None:
+    with urlopen(f"{tree_url}?format=tar&prefix={prefix}") as answer:
+        archive = io.BytesIO(answer.read())
+    assert len(archive.getbuffer()) % tarfile.BLOCKSIZE == 0
+    with tarfile.open(fileobj=archive) as opened:
+        files = ((member.name, opened.extractfile(member)) for member in opened)
+        found = {name: file.read() for name, file in files if file is not None}
+    assert found == {id: content for id, content in TREE.items() if id.startswith(prefix)}
+
+
+@pytest.mark.parametrize("format", ["tar", "sha256sums", "json"])
+def test_head_of_a_listing_tells_what_get_does(tree_url: str, format: str) -> None:
+    told = []
+    with closing(http.client.HTTPConnection(urlsplit(tree_url).netloc, timeout=30)) as connection:
+        for method in ("GET", "HEAD", "GET"):  # on one connection: nothing is left over
+            connection.request(method, f"/artefacts/tree?format={format}")
+            answer = connection.getresponse()
+            assert bool(answer.read()) == (method == "GET")
+            told.append(dict(answer.getheaders()) | {"Date": "", "Transfer-Encoding": ""})
+    assert told[0] == told[1] == told[2]
+
+
+def test_a_large_tar_takes_no_memory(served: Served, tmp_path: Path) -> None:
+    (served.data / "sparse").mkdir()
+    for name in ("a", "b"):
+        with open(served.data / "sparse" / name, "wb") as file:
+            file.truncate(LARGE)
+    before = served.peak(anew=True)
+    assert pipe(f"{served.url}sparse?format=tar", "tar -t", tmp_path).stdout == "a\nb\n"
+    assert served.peak() - before < 64 * 1024 * 1024
+
+
+def test_a_tar_that_cannot_be_finished_does_not_look_finished(served: Served) -> None:
+    file = served.data / "shrinks/a"
+    file.parent.mkdir()
+    file.touch()
+    os.truncate(file, LARGE)
+    with urlopen(f"{served.url}shrinks?format=tar") as answer:
+        answer.read(1024)
+        os.truncate(file, 1024)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            answer.read()
+
+
+def test_sha256sum_checks_what_was_downloaded(tree_url: str, tmp_path: Path) -> None:
+    for artefact in run_curl(tree_url)[1]["artefacts"]:
+        (tmp_path / artefact["id"]).parent.mkdir(parents=True, exist_ok=True)
+        with urlopen(f"http://{urlsplit(tree_url).netloc}{artefact['href']}") as answer:
+            (tmp_path / artefact["id"]).write_bytes(answer.read())
+    check = (f"{tree_url}?format=sha256sums", "sha256sum --strict --quiet -c -", tmp_path)
+    assert pipe(*check).returncode == 0
+    (tmp_path / "1.0/less").write_bytes(b"y" * 511)
+    assert pipe(*check).stdout == "1.0/less: FAILED\n"

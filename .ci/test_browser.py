@@ -1,0 +1,718 @@
+"""The page in a real browser: headless Chromium, driven by selenium, against the running program.
+
+Needs Debian's `chromium` and `chromium-driver`. Starts `python artefacts.py` of the folder above this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+ODD_NAMES = (
+    'quotes "double" and \'single\'.txt',
+    "<b onmouseover=alert(1)>tag</b><script>document.title='ran'<",
+    "space  and\u00a0no-break.txt",
+    "#fragment?query%20percent%&amp;.txt",
+    "javascript:alert(1)",
+    "emoji 🎉🏳️‍🌈.txt",
+    "שלום עולם.txt",
+    "\u202egnp.exe",
+    "folder with #/child ?.txt",
+    "@@ {0} %s $& u0041",
+)
+DROP = """
+const [target, files] = arguments, transfer = new DataTransfer();
+for (const [name, text, repeat] of files) transfer.items.add(new File([text.repeat(repeat)], name));
+for (const type of ["dragenter", "dragover", "drop"])
+  target.dispatchEvent(new DragEvent(type, {dataTransfer: transfer, bubbles: true, cancelable: true}));
+"""
+
+
+class Program:
+    """The running program, as one client of it sees it."""
+
+    def __init__(self, url: str, data: Path) -> None:
+        self.url = url
+        self.data = data
+        self.address = urlsplit(url).netloc
+
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self.address, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, "/artefacts/" + quote(path), body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def put(self, path: str, body: bytes = b"content") -> None:
+        assert self.request("PUT", path, body)[0] in (200, 201)
+
+    def get(self, path: str) -> bytes | None:
+        status, body = self.request("GET", path)
+        return body if status == 200 else None
+
+    def detail(self, method: str, path: str, **headers: str) -> str:
+        """What it says to a request that it refuses."""
+        status, body = self.request(method, path, b"", **headers)
+        assert status >= 400
+        return str(json.loads(body)["detail"])
+
+    def listing(self, directory: str) -> list[str]:
+        return [artefact["id"] for artefact in json.loads(self.get(directory) or b"{}").get("artefacts", [])]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    data = tmp_path_factory.mktemp("data")
+    options = ["--port", "0", "--data", str(data), "--keep-versions", "5", "--quiet"]
+    command = [sys.executable, "artefacts.py", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield Program(process.stdout.readline().strip(), data)
+        finally:
+            process.terminate()
+            assert process.wait(15) == 0
+
+
+@contextlib.contextmanager
+def elsewhere(page: str, type: str) -> Iterator[tuple[str, list[str]]]:
+    """Another server, which answers everything with this page: its URL, and the requests that it saw."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            seen.append(f"{self.command} {self.path}")
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Type", type)
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        do_GET = do_PUT = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Browser:
+    """A page in the browser, and a person's ways with it."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+
+    def until(self, condition: Callable[[], Any], seconds: float = 10) -> Any:
+        return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector: str) -> list[str]:
+        """What a person sees of these elements, those that are hidden left out."""
+        found: list[str] = self.run("""return [...document.querySelectorAll(arguments[0])]
+            .filter(element => element.checkVisibility()).map(element => element.textContent)""", selector)
+        return found
+
+    def names(self) -> list[str]:
+        return self.texts("tbody a")
+
+    def row(self, name: str) -> WebElement:
+        links = self.driver.find_elements(By.CSS_SELECTOR, "tbody a")
+        link = next(link for link in links if link.get_property("textContent") == name)
+        return link.find_element(By.XPATH, "ancestor::tr")
+
+    def press(self, text: str, within: WebElement | None = None) -> None:
+        """Presses the visible button of this text."""
+        buttons = (within or self.driver).find_elements(By.TAG_NAME, "button")
+        next(button for button in buttons if button.is_displayed() and button.text == text).click()
+
+    def type(self, selector: str, text: str) -> None:
+        """Replaces what is in a field."""
+        self.find(selector).send_keys(Keys.CONTROL + "a" + Keys.NULL + (text or Keys.DELETE))
+
+    def keys(self, *keys: str) -> None:
+        """Sends keys to whatever has the focus."""
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def question(self) -> str:
+        """What the dialog asks, once it does."""
+        self.until(lambda: self.find("dialog").is_displayed())
+        return self.find("dialog p").text
+
+    def answer(self, text: str) -> None:
+        self.press(text, self.find("dialog"))
+
+    def status(self) -> str:
+        return self.find("[role=status]").text
+
+    def drop(self, *files: tuple[str, str] | tuple[str, str, int]) -> None:
+        self.run(DROP, self.find("#upload"), [(*file, 1)[:3] for file in files])
+
+    def slow(self, bytes_per_second: int) -> None:
+        """How fast it uploads from now on; -1: as fast as can be."""
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {
+            "offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": bytes_per_second,
+        })  # fmt: skip
+
+    def requested(self) -> set[str]:
+        """The origins of all that was requested since this was last asked."""
+        events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        urls = [urlsplit(params["request"]["url"]) for params in sent]
+        return {url.netloc for url in urls if url.scheme in ("http", "https", "ws", "wss")}
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        """What was logged since this was last asked."""
+        return self.driver.get_log(kind)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextlib.contextmanager
+def chromium(profile: Path, preferences: dict[str, Any]) -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    for option in (*OPTIONS, f"--user-data-dir={profile}"):
+        options.add_argument(option)
+    options.binary_location = shutil.which("chromium") or ""
+    options.add_experimental_option("prefs", preferences)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield Browser(driver)
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("profile"), {}) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(started: Browser, program: Program) -> Iterator[Browser]:
+    """The browser, on a window of its usual size; after the test: nothing was requested from elsewhere."""
+    started.requested()
+    yield started
+    started.slow(-1)
+    assert started.requested() <= {program.address}
+
+
+@pytest.fixture(scope="module")
+def without_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    preferences = {"profile.default_content_setting_values.javascript": 2}
+    with chromium(tmp_path_factory.mktemp("profile"), preferences) as browser:
+        yield browser
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Browser]:
+    """Another browser, for a test that has it ask elsewhere."""
+    with chromium(tmp_path / "profile", {}) as browser:
+        yield browser
+
+
+@pytest.fixture
+def directory(request: pytest.FixtureRequest) -> str:
+    """A directory of the test's own."""
+    return request.node.name.removeprefix("test_")[:40]  # type: ignore[no-any-return]
+
+
+def test_odd_names_are_shown_and_linked(browser: Browser, program: Program, directory: str) -> None:
+    for name in ODD_NAMES:
+        program.put(f"{directory}/{name}", name.encode())
+    browser.open(program.url + directory)
+    assert sorted(browser.names()) == sorted(ODD_NAMES)
+    for slash in ("", "/"):
+        browser.open(program.url + directory + slash)
+        links = browser.run("return [...document.links].map(link => [link.textContent, link.href])")
+        assert links.pop(0) == ["Artefacts", program.url]
+        for name, url in links:
+            path = urlsplit(url).path.removeprefix("/artefacts/")
+            connection = http.client.HTTPConnection(program.address, timeout=10)
+            with contextlib.closing(connection):
+                connection.request("GET", "/artefacts/" + path)
+                assert connection.getresponse().read() == name.encode()
+    assert browser.driver.find_elements(By.CSS_SELECTOR, "tbody b, tbody script, tbody [onmouseover]") == []
+    assert browser.driver.title == f"Artefacts: {directory}"
+
+
+def test_an_odd_directory_can_be_opened_and_its_odd_artefacts_versions_too(
+    browser: Browser, program: Program
+) -> None:
+    directory, name = "d <i>&\"'#?%41 ש", ODD_NAMES[3]
+    program.put(f"{directory}/{name}", b"1")
+    browser.open(program.url)
+    browser.row(directory).find_element(By.TAG_NAME, "a").click()
+    browser.until(lambda: browser.names() == [name])
+    assert browser.find("h1").text == f"Artefacts / {directory}"
+    browser.press("Versions", browser.row(name))
+    browser.until(lambda: browser.texts("h1 bdi") == [directory, name])
+    browser.find("tbody a").click()
+    browser.until(lambda: browser.find("body").text == "1")
+
+
+def test_the_listing_tells_size_age_and_digest(browser: Browser, program: Program, directory: str) -> None:
+    body = b"x" * 1_234_567
+    program.put(f"{directory}/a.bin", body)
+    browser.open(program.url + directory)
+    cells = browser.texts("tbody td")
+    assert cells[:4] == ["a.bin", "1.23 MB", "just now", hashlib.sha256(body).hexdigest()[:12]]
+    assert browser.find("tbody td:nth-child(2)").get_attribute("title") == "1234567 bytes"
+    href = browser.find("tbody a").get_dom_attribute("href")
+    assert href == f"{directory}/a.bin#sha256={hashlib.sha256(body).hexdigest()}"
+
+
+def test_dropped_files_are_uploaded(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/there")
+    files = [(name.replace("/", "-"), f"content of {name}", 1) for name in ODD_NAMES]
+    files += [("empty", "", 1), ("large", "large " * 10, 100_000)]
+    browser.open(program.url + directory)
+    browser.drop(*files)
+    browser.until(lambda: len(browser.names()) == len(files) + 1)
+    assert browser.status() == f"{len(files)} stored, 0 not, 0 to go."
+    for name, text, times in files:
+        assert program.get(f"{directory}/{name}") == (text * times).encode()
+
+
+def test_files_are_uploaded_by_the_form_into_a_folder(
+    browser: Browser, program: Program, directory: str, tmp_path: Path
+) -> None:
+    program.put(f"{directory}/there")
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(name)
+    browser.open(program.url + directory + "/?format=html")
+    browser.find("#into").send_keys("1.4.0/linux/")
+    browser.find("#files").send_keys(f"{tmp_path / 'one.txt'}\n{tmp_path / 'two.txt'}")
+    browser.until(lambda: browser.names() == ["1.4.0/linux/one.txt", "1.4.0/linux/two.txt", "there"])
+    assert program.get(f"{directory}/1.4.0/linux/two.txt") == b"two.txt"
+
+
+def test_a_directory_is_made_by_uploading_into_it(browser: Browser, program: Program, tmp_path: Path) -> None:
+    (tmp_path / "first").write_text("first")
+    browser.open(program.url)
+    browser.find("#files").send_keys(str(tmp_path / "first"))
+    assert browser.run("return document.querySelector('#into').validity.valueMissing")
+    browser.find("#into").send_keys("brand new" + Keys.ENTER)
+    browser.until(lambda: "brand new" in browser.names())
+    assert program.get("brand new/first") == b"first"
+
+
+def test_no_folder_leads_out_of_the_directory(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/there")
+    browser.open(program.url + directory)
+    for folder in ("..", "a/../..", ".hidden"):
+        browser.type("#into", folder)
+        browser.drop(("file", "text"))
+        assert browser.run("return document.querySelector('#into').validity.patternMismatch")
+    assert browser.texts("#uploads li") == []
+
+
+def test_progress_is_shown_three_go_at_a_time_and_each_can_be_cancelled(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    program.put(f"{directory}/there")
+    browser.open(program.url + directory)
+    browser.slow(300_000)
+    browser.drop(*((f"{number}.bin", "x", 1_500_000) for number in range(5)))
+    browser.until(lambda: sum("/s" in text for text in browser.texts("#uploads span")) == 3)
+    assert browser.texts("#uploads span")[3:] == ["waiting", "waiting"]
+    bars = browser.run("return [...document.querySelectorAll('progress')].map(bar => bar.value)")
+    assert all(0 < bar < 1 for bar in bars[:3]) and bars[3:] == [0, 0]
+    browser.until(lambda: browser.run("return document.querySelector('progress').value") > bars[0])
+    assert browser.find("progress").accessible_name == "0.bin"
+    for _ in range(4):
+        browser.press("Cancel", browser.find("#uploads"))
+    browser.slow(-1)
+    browser.until(lambda: "4.bin" in browser.names())
+    assert browser.texts("#uploads span") == ["cancelled"] * 4 + ["stored"]
+    assert program.listing(directory) == ["4.bin", "there"]
+
+
+def test_it_asks_before_it_replaces(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/old <1>", b"old")
+    browser.open(program.url + directory)
+    browser.drop(("old <1>", "new"), ("other", "other"))
+    assert browser.question() == "Replace \u2068old <1>\u2069?"
+    browser.answer("Cancel")
+    browser.until(lambda: browser.names() == ["old <1>", "other"])
+    assert program.get(f"{directory}/old <1>") == b"old"
+    browser.drop(("old <1>", "new"))
+    browser.question()
+    browser.answer("Replace")
+    browser.until(lambda: program.get(f"{directory}/old <1>") == b"new")
+
+
+def test_it_asks_one_question_at_a_time(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a", b"old")
+    program.put(f"{directory}/b", b"old")
+    browser.open(program.url + directory)
+    browser.drop(("a", "new"))
+    browser.drop(("b", "new"))
+    first = browser.question()
+    browser.answer("Replace")
+    browser.until(lambda: browser.question() != first)
+    browser.answer("Replace")
+    browser.until(lambda: [program.get(f"{directory}/{name}") for name in "ab"] == [b"new", b"new"])
+
+
+def test_it_replaces_nothing_that_changed_since_it_asked(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    program.put(f"{directory}/a", b"old")
+    browser.open(program.url + directory)
+    browser.drop(("a", "mine"))
+    browser.question()
+    program.put(f"{directory}/a", b"another's")
+    browser.answer("Replace")
+    browser.until(lambda: browser.texts(".failed"))
+    changed = program.detail("PUT", f"{directory}/a", **{"If-None-Match": "*"})
+    assert browser.texts(".failed span") == [changed]
+    assert program.get(f"{directory}/a") == b"another's"
+
+
+def test_it_says_why_an_upload_failed(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/folder/child")
+    browser.open(program.url + directory)
+    browser.drop((".hidden", "text"), ("folder", "text"), ("fine", "text"))
+    browser.until(lambda: "fine" in browser.names())
+    why = [program.detail("PUT", f"{directory}/{name}") for name in (".hidden", "folder")]
+    assert browser.texts(".failed span") == why
+    assert browser.status() == "1 stored, 2 not, 0 to go."
+
+
+def test_the_listing_is_filtered_as_one_types(browser: Browser, program: Program, directory: str) -> None:
+    for number in range(30):
+        program.put(f"{directory}/Build-{number}.txt", b"%d" % number)
+    browser.open(program.url + directory)
+    browser.type("#search", "build 2")
+    assert browser.names() == [f"Build-{number}.txt" for number in (12, 2, *range(20, 30))]
+    assert browser.texts("output") == ["12 of 30"]
+    browser.type("#search", hashlib.sha256(b"17").hexdigest().upper())
+    assert browser.names() == ["Build-17.txt"]
+
+
+def test_the_newest_come_first_where_one_wants(browser: Browser, program: Program, directory: str) -> None:
+    for name in ("b", "c", "a"):
+        program.put(f"{directory}/{name}")
+    browser.open(program.url + directory)
+    browser.find("#newest").click()
+    browser.until(lambda: browser.names() == ["a", "c", "b"])
+    browser.find("#newest").click()
+    browser.until(lambda: browser.names() == ["a", "b", "c"])
+
+
+def test_link_curl_command_and_digest_are_copied(
+    browser: Browser, program: Program, directory: str, tmp_path: Path
+) -> None:
+    name, digest = "it's $HOME.txt", hashlib.sha256(b"content").hexdigest()
+    program.put(f"{directory}/{name}")
+
+    def pasted() -> str:
+        browser.find("#into").send_keys(Keys.CONTROL + "av")
+        return str(browser.find("#into").get_property("value"))
+
+    browser.open(program.url + directory)
+    browser.press("Link", browser.row(name))
+    assert pasted() == f"{program.url}{directory}/it%27s%20%24HOME.txt"
+    browser.press("curl", browser.row(name))
+    assert browser.status() == "curl command copied."
+    subprocess.run(pasted() + " -s", shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / name).read_bytes() == b"content"
+    browser.press(digest[:12])
+    assert pasted() == digest
+
+
+def test_an_artefact_is_deleted_once_that_is_confirmed(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    program.put(f"{directory}/a & b")
+    program.put(f"{directory}/c")
+    browser.open(program.url + directory)
+    browser.press("Delete", browser.row("a & b"))
+    assert browser.question() == "Delete \u2068a & b\u2069, 7 B, stored just now?"
+    browser.answer("Cancel")
+    assert program.get(f"{directory}/a & b") == b"content"
+    browser.press("Delete", browser.row("a & b"))
+    browser.question()
+    browser.answer("Delete")
+    browser.until(lambda: "is deleted" in browser.status())
+    assert program.listing(directory) == ["c"]
+
+
+def test_nothing_is_deleted_that_changed_since_it_was_listed(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    program.put(f"{directory}/a", b"listed")
+    browser.open(program.url + directory)
+    program.put(f"{directory}/a", b"newer")
+    browser.press("Delete", browser.row("a"))
+    browser.question()
+    browser.answer("Delete")
+    changed = program.detail("DELETE", f"{directory}/a", **{"If-Match": '"listed"'})
+    browser.until(lambda: browser.status() == changed)
+    assert program.get(f"{directory}/a") == b"newer"
+
+
+def test_a_directory_is_deleted_once_that_is_confirmed(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    program.put(f"{directory}/a")
+    browser.open(program.url)
+    browser.press("Delete", browser.row(directory))
+    assert directory in browser.question()
+    browser.answer("Delete")
+    browser.until(lambda: directory not in browser.names())
+    assert program.request("GET", directory)[0] == 404
+
+
+def test_versions_are_listed_fetched_restored_and_erased(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    for body in (b"one", b"two", b"three"):
+        program.put(f"{directory}/a.txt", body)
+    browser.open(program.url + directory)
+    browser.press("Versions", browser.row("a.txt"))
+    browser.until(lambda: len(browser.names()) == 3)
+    newest, middle, oldest = browser.names()
+    assert newest > middle > oldest
+    browser.driver.find_element(By.LINK_TEXT, oldest).click()
+    browser.until(lambda: browser.find("body").text == "one")
+    browser.driver.back()
+    browser.press("Restore", browser.row(oldest))
+    assert oldest in browser.question()
+    browser.answer("Restore")
+    browser.until(lambda: len(browser.names()) == 4)
+    assert program.get(f"{directory}/a.txt") == b"one"
+    browser.press("Delete", browser.row(middle))
+    assert middle in browser.question()
+    browser.answer("Delete")
+    browser.until(lambda: len(browser.names()) == 3)
+    assert middle not in browser.names()
+
+
+def test_what_was_deleted_can_be_restored(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a")
+    browser.open(program.url + directory)
+    browser.press("Delete", browser.row("a"))
+    browser.question()
+    browser.answer("Delete")
+    browser.until(lambda: "Its versions are kept." in browser.status())
+    browser.press("Versions", browser.row("a"))
+    browser.until(lambda: "Restore" in browser.texts("td button"))
+    browser.press("Restore")
+    browser.question()
+    browser.answer("Restore")
+    browser.until(lambda: program.get(f"{directory}/a") == b"content")
+
+
+def test_a_listing_that_was_cut_leads_on(browser: Browser, program: Program, directory: str) -> None:
+    for name in ("a", "b & c", "d"):
+        program.put(f"{directory}/{name}")
+    browser.open(program.url + directory + "?limit=2")
+    assert browser.names() == ["a", "b & c"]
+    browser.find("[rel=next]").click()
+    browser.until(lambda: browser.names() == ["d"])
+
+
+def test_the_keyboard_is_enough(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a")
+    digest = hashlib.sha256(b"content").hexdigest()
+    browser.open(program.url + directory)
+
+    def focused() -> str:
+        return browser.driver.switch_to.active_element.accessible_name
+
+    def tab_to(name: str) -> None:
+        for _ in range(20):
+            browser.keys(Keys.TAB)
+            if focused() == name:
+                return
+        pytest.fail(f"{name} cannot be reached")
+
+    for name in ("Folder", "Files", "Upload", "Filter", "Newest first", "a", digest[:12], "Link"):
+        tab_to(name)
+    browser.keys(Keys.ENTER)
+    browser.until(lambda: browser.status() == "Link copied.")
+    assert focused() == "Link"
+    tab_to("Delete")
+    browser.keys(Keys.ENTER)
+    browser.question()
+    assert focused() == "Cancel"
+    browser.keys(Keys.ESCAPE)
+    browser.until(lambda: not browser.find("dialog").is_displayed())
+    assert focused() == "Delete" and program.get(f"{directory}/a") == b"content"
+
+
+def test_every_control_has_a_name(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a")
+    (program.data / directory / "dropped in by hand").write_bytes(b"")
+    for path in ("", directory, f"{directory}/a?versions"):
+        browser.open(program.url + path)
+        controls = browser.driver.find_elements(By.CSS_SELECTOR, "a, button, input")
+        assert controls and all(control.accessible_name for control in controls if control.is_displayed())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_on_a_phone_and_in_the_dark(
+    browser: Browser, program: Program, directory: str, scheme: str
+) -> None:
+    program.put(f"phone/{'long-name-without-a-break' * 8}.tar.gz")
+    program.put(f"phone/{'long-name-without-a-break' * 8}.tar.gz", b"2")
+    command = browser.driver.execute_cdp_cmd
+    command("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    command("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        for path in ("", "phone", f"phone/{'long-name-without-a-break' * 8}.tar.gz?versions"):
+            browser.open(program.url + path)
+            assert browser.run("return document.documentElement.scrollWidth") == 360
+            assert browser.names()
+            ink, paper = browser.run("""const style = getComputedStyle(document.documentElement);
+                return [style.color, style.backgroundColor].map(color => parseInt(color.match(/\\d+/)))""")
+            assert ink - paper > 150 if scheme == "dark" else paper - ink > 150
+    finally:
+        command("Emulation.clearDeviceMetricsOverride", {})
+        command("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_policy_admits_nothing_else(apart: Browser, program: Program, directory: str) -> None:
+    """Whatever got into the page: no script of its own, no style, no frame, no request to elsewhere."""
+    browser = apart
+    program.put(f"{directory}/a")
+    browser.open(program.url + directory)
+    with elsewhere("", "text/html") as (url, seen):
+        browser.run("""
+            window.refused = [];
+            document.onsecuritypolicyviolation = event => refused.push(event.effectiveDirective);
+            const [url] = arguments;
+            const make = (name, values) => Object.assign(document.createElement(name), values);
+            const handler = make("b"), form = make("form", {action: url, method: "post"});
+            handler.setAttribute("onclick", "document.title = 'ran'");
+            document.body.append(
+              make("img", {src: url}), make("iframe", {src: url}), make("script", {src: url}), handler, form,
+              make("script", {textContent: "document.title = 'ran'"}),
+              make("style", {textContent: "body { display: none }"}));
+            fetch(url).catch(() => 0);
+            handler.click();
+            form.submit();""", url)  # fmt: skip
+        wanted = {
+            "connect-src", "form-action", "frame-src", "img-src", "script-src-attr", "script-src-elem",
+            "style-src-elem",
+        }  # fmt: skip
+        browser.until(lambda: wanted <= set(browser.run("return refused")))
+        assert browser.driver.title == f"Artefacts: {directory}" and browser.find("body").is_displayed()
+        browser.open(url + "opened")
+        assert set(seen) <= {"GET /opened", "GET /favicon.ico"}
+
+
+def test_the_page_itself_breaks_no_policy(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a")
+    browser.log("browser")
+    for path in ("", directory, f"{directory}/a?versions"):
+        browser.open(program.url + path)
+    assert browser.log("browser") == []
+
+
+SCRIPT = """<script>
+document.getElementById("mark").textContent = "ran";
+fetch("/artefacts/").then(answer => answer.text()).then(text => fetch("stolen", {method: "PUT", body: text}));
+</script>"""
+FILES = {
+    "page.html": f"""<!doctype html><p id="mark">as it was</p>{SCRIPT}
+        <img src="x" onerror="document.getElementById('mark').textContent = 'ran'">""",
+    "image.svg": f"""<svg xmlns="http://www.w3.org/2000/svg"><text id="mark">as it was</text>
+        {SCRIPT.replace("=>", "=&gt;")}
+        <g onload="document.getElementById('mark').textContent = 'ran'"/></svg>""",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_was_uploaded_runs_nothing(apart: Browser, program: Program, name: str) -> None:
+    """Files that try to run a script and to read the listing: elsewhere they can, here they cannot."""
+    mark = "return document.getElementById('mark').textContent"
+    with elsewhere(FILES[name], "image/svg+xml" if name.endswith("svg") else "text/html") as (url, seen):
+        apart.open(url + "artefacts/" + name)
+        apart.until(lambda: apart.run(mark) == "ran" and "PUT /artefacts/stolen" in seen)
+        apart.open("about:blank")
+    program.put(f"hostile/{name}", FILES[name].encode())
+    apart.open(f"{program.url}hostile/{name}")
+    assert apart.run(mark) == "as it was"
+    apart.open(f"{program.url}hostile/")
+    assert apart.names() == program.listing("hostile") and "stolen" not in apart.names()
+
+
+def test_without_script_it_lists_links_and_uploads(
+    without_script: Browser, program: Program, directory: str, tmp_path: Path
+) -> None:
+    browser = without_script
+    program.put(f"{directory}/a <b>.txt", b"a")
+    (tmp_path / "by hand.txt").write_text("by hand")
+    (tmp_path / "second.txt").write_text("second")
+    browser.open(program.url)
+    browser.driver.find_element(By.LINK_TEXT, directory).click()
+    assert browser.find("h1").text == f"Artefacts / {directory}"
+    assert not browser.find("#search").is_displayed()
+    browser.find("#files").send_keys(f"{tmp_path / 'by hand.txt'}\n{tmp_path / 'second.txt'}")
+    browser.press("Upload")
+    browser.until(lambda: browser.driver.find_elements(By.LINK_TEXT, "by hand.txt"))
+    assert urlsplit(browser.driver.current_url).path.rstrip("/") == f"/artefacts/{directory}"
+    assert program.get(f"{directory}/by hand.txt") == b"by hand"
+    assert program.get(f"{directory}/second.txt") == b"second"
+    browser.driver.find_element(By.LINK_TEXT, "a <b>.txt").click()
+    browser.until(lambda: browser.find("body").text == "a")
+
+
+def test_without_script_versions_are_listed(
+    without_script: Browser, program: Program, directory: str
+) -> None:
+    browser = without_script
+    program.put(f"{directory}/a.txt", b"one")
+    program.put(f"{directory}/a.txt", b"two")
+    browser.open(program.url + directory)
+    assert browser.texts("td:last-child button") == ["Versions"]
+    browser.press("Versions")
+    browser.until(lambda: len(browser.driver.find_elements(By.CSS_SELECTOR, "tbody tr")) == 2)
+    browser.driver.find_elements(By.CSS_SELECTOR, "tbody a")[1].click()
+    browser.until(lambda: browser.find("body").text == "one")
+    browser.driver.back()
+    browser.press("Restore")
+    browser.until(lambda: program.get(f"{directory}/a.txt") == b"one")
