@@ -510,10 +510,12 @@ class Repository:
         read to the end closes it."""
         with Descriptor(self._open_directory(directory)) as folder:
             for id, within, entry in _walk(folder, "", prefix, after):
-                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                try:
                     artefact = self._describe_entry(directory, id, within, entry, digests)
-                    if artefact is not None:
-                        yield artefact
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+                if artefact is not None:
+                    yield artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None) -> Content:
         """The artefact, open: the current one, or the version named. NotFound where it is not
@@ -611,9 +613,8 @@ class Repository:
         where a folder is in the way of the artefact, or an artefact in the way of a folder."""
         segments = check_names(directory, id)
         staged = Artefact(directory, id, upload.size, _now(), type or type_of(id), upload.digest())
-        with self._look(directory, segments) or contextlib.nullcontext() as current:
-            if not _same(current, staged):  # else nothing is written at all
-                upload.seal(staged)
+        if not self.durable or not self._is_current(staged, segments):
+            upload.seal(staged)  # an identical push waits for no disk
         with self._locked(directory, wait) as lock:
             with self._look(directory, segments) or contextlib.nullcontext() as current:
                 check(current)
@@ -704,6 +705,10 @@ class Repository:
         with lock as fd:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lock
+
+    def _is_current(self, staged: Artefact, segments: Sequence[str]) -> bool:
+        with self._look(staged.directory, segments) or contextlib.nullcontext() as current:
+            return _same(current, staged)
 
     def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
                  segments: Sequence[str]) -> Artefact:
@@ -970,12 +975,12 @@ def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[s
         )
     for name, entry in found:
         id = inside + name
-        if not id.startswith(prefix[: len(id)]) or len(id.encode()) > MAX_ID:
+        if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
             continue
-        if not name.endswith("/"):
+        if name[-1] != "/":
             if id.startswith(prefix) and id > after:
                 yield id, folder, entry
-        elif id > after or after.startswith(id):
+        elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
                 with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
                     yield from _walk(child, id, prefix, after)
@@ -1042,6 +1047,7 @@ def _sha256(fd: int) -> str:
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
+URL_SAFE = re.compile(r"[\w.~/-]*", re.A)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
 FORMATS = ("json", "html", "sha256sums", "tar")
 NOT_MODIFIED = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
@@ -1206,8 +1212,13 @@ def content_disposition(name: str) -> str:
 
 def href(base: str, directory: str, id: str = "", version: str = "") -> str:
     """The canonical path of a directory, an artefact or a version, mounted under `base`."""
-    path = f"{base}/artefacts/{quote(directory, safe='')}/{quote(id)}"
+    path = f"{base}/artefacts/{quoted(directory)}/{quoted(id)}"
     return f"{path}?version={version}" if version else path
+
+
+def quoted(path: str) -> str:
+    """As it stands in a URL. The test first, because a listing quotes thousands that need none."""
+    return path if URL_SAFE.fullmatch(path) else quote(path)
 
 
 @functools.lru_cache(1024)
@@ -1234,7 +1245,7 @@ def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = 
     """An ARTEFACT; `more`: further members. Written out because a listing makes thousands."""
     return (
         f'{{"directory": {_json(artefact.directory)}, "id": {_json(artefact.id)}, '
-        f'"href": {_json(href(base, artefact.directory, artefact.id, version))}, '
+        f'"href": "{href(base, artefact.directory, artefact.id, version)}", '
         f'"version": "{artefact.version}", "size": {artefact.size}, "type": {_json(artefact.type)}, '
         f'"sha256": {_json(artefact.sha256) if artefact.sha256 else "null"}, '
         f'"modified": "{artefact.modified}"{more}}}'
@@ -2028,7 +2039,8 @@ class Token:
     write: tuple[str, ...] = ()
 
     def may(self, action: str, directory: str) -> bool:
-        return any(fnmatch.fnmatchcase(directory, pattern) for pattern in getattr(self, action))
+        patterns = self.read if action == "read" else self.write
+        return "*" in patterns or any(fnmatch.fnmatchcase(directory, pattern) for pattern in patterns)
 
 
 EVERYONE = Token("-", read=("*",), write=("*",))
@@ -2107,21 +2119,31 @@ class Gate:
     def check_site(self, environ: WSGIEnvironment, reading: bool) -> None:
         """Refuses what another site makes a browser ask for (DNS rebinding; forged requests)."""
         host = environ.get("HTTP_HOST")
-        match = HOST.fullmatch(host or "")
-        if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
+        name = host_name(host or "")
+        if name is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise InvalidRequest("The Host field is missing, or none (RFC 9112 §3.2). Mend it.")
-        if self.settings.hosts is not None and host is not None and not is_loopback(match[1]):
-            if match[1].lower() not in self.settings.hosts:
-                raise Forbidden(f"This server is not known as '{match[1]}'. --allow-host makes it so.")
+        if self.settings.hosts is not None and host is not None and not is_loopback(name):
+            if name not in self.settings.hosts:
+                raise Forbidden(f"This server is not known as '{name}'. --allow-host makes it so.")
+        if reading:
+            return
         site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
         if site is not None:
             foreign = site not in ("same-origin", "none")
         else:
             foreign = origin is not None and origin.partition("://")[2].lower() != (host or "").lower()
-        if foreign and not reading:
+        if foreign:
             raise Forbidden("Another site's page may change nothing here. Use this server's own.")
 
 
+@functools.lru_cache(256)
+def host_name(field: str) -> str | None:
+    """The name in a Host field, in lower case and without the port; None where it is malformed."""
+    match = HOST.fullmatch(field)
+    return match and match[1].lower()
+
+
+@functools.lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether a name or an address means this machine to everyone."""
     name = host.strip("[]").lower()
