@@ -52,7 +52,6 @@ import os
 import re
 import resource
 import secrets
-import shutil
 import signal
 import socket
 import stat
@@ -97,7 +96,7 @@ TICK = 20_000_000  # ns: the clock of a file's times is no coarser
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:\s*;[\x20-\x7e\t]{0,200})?", re.A)
+MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:[ \t]*;[\x20-\x7e\t]{0,200})?", re.A)
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 MICROSECOND = datetime.timedelta(microseconds=1)
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, beyond which no date is written
@@ -678,10 +677,11 @@ class Repository:
         name, trash = self.unique_name(), self.own(TRASH)
         with self._locked(directory):
             os.close(self._open_directory(directory))  # a folder, and no symbolic link
+            # now, so that no sweep takes it for what a crash left long ago
+            os.utime(directory, dir_fd=self.own(ROOT), follow_symlinks=False)
             os.rename(directory, name, src_dir_fd=self.own(ROOT), dst_dir_fd=trash)
             self.sync(self.own(ROOT))
-        os.utime(name, dir_fd=trash)  # so that no sweep elsewhere takes it for an old one
-        shutil.rmtree(name, dir_fd=trash)
+        _remove(trash, name)
 
     def sweep(self) -> None:
         """Removes what crashes left in `.incoming/` and `.trash/` more than a day ago."""
@@ -691,10 +691,7 @@ class Repository:
                     status = os.stat(name, dir_fd=folder, follow_symlinks=False)
                     if status.st_mtime > time.time() - SWEEP_AFTER:
                         continue
-                    if stat.S_ISDIR(status.st_mode):
-                        shutil.rmtree(name, dir_fd=folder)
-                    else:
-                        os.unlink(name, dir_fd=folder)
+                    _remove(folder, name)
 
     # -- the steps of a commit, under the directory's lock --
 
@@ -984,6 +981,17 @@ def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[s
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
                 with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
                     yield from _walk(child, id, prefix, after)
+
+
+def _remove(parent: int, name: str) -> None:
+    """Removes a file, or a folder with all below it. Follows no link, as shutil.rmtree may before 3.13."""
+    try:
+        os.unlink(name, dir_fd=parent)
+    except (IsADirectoryError, PermissionError):  # the latter on macOS
+        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+            for child in os.listdir(folder):
+                _remove(folder, child)
+        os.rmdir(name, dir_fd=parent)
 
 
 def _remove_empty(parent: int, name: str) -> None:
@@ -1283,13 +1291,14 @@ class Resource:
         if self.settings.of(directory, "write_once"):
             raise Forbidden(f"What is in '{directory}' stays: it is written once. Push under another name.")
 
-    def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str = "") -> None:
+    def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str,
+                  id: str | None = None) -> None:
         """Stores each file of a form (RFC 7578) under its own name, or under `id`; each is a commit
         of its own. 201 if all were stored, else the first refusal's status, and the list."""
         if not is_form(req):
             raise Unsupported("A directory takes a form's files (curl -F file=@f). PUT artefacts below it.")
         length = body_length(req.env)
-        check_names(directory, id or "-")
+        check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
         end_first_look(req)
         body = req.env["wsgi.input"]
@@ -2084,11 +2093,13 @@ class Settings:
             return self.anonymous
         scheme, _, secret = authorization.strip().partition(" ")
         if scheme.lower() == "basic":
-            with contextlib.suppress(ValueError):
+            try:
                 secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
+            except ValueError:
+                secret = ""
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         known = [token for token in self.tokens if hmac.compare_digest(token.sha256, digest)]
-        if scheme.lower() not in ("basic", "bearer") or not known:
+        if scheme.lower() not in ("basic", "bearer") or not secret or not known:
             raise Unauthenticated("This token is not known here. Send one that is, or none.", CHALLENGE)
         return known[0]
 
@@ -2131,7 +2142,7 @@ class Gate:
         if site is not None:
             foreign = site not in ("same-origin", "none")
         else:
-            foreign = origin is not None and origin.partition("://")[2].lower() != (host or "").lower()
+            foreign = origin is not None and (not host or origin.partition("://")[2].lower() != host.lower())
         if foreign:
             raise Forbidden("Another site's page may change nothing here. Use this server's own.")
 
@@ -2183,10 +2194,17 @@ def _patterns(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _digest(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if not SHA256.fullmatch(text) or text == hashlib.sha256().hexdigest():
+        raise ValueError("'sha256' is not the SHA-256 of a token, in hex")  # it may be the token: not told
+    return text
+
+
 _NAME = _of_type(str, "a name")
 CONFIG: dict[str, dict[str, Callable[[Any], Any]]] = {
     "anonymous": {"read": _patterns, "write": _patterns},
-    "token": {"name": _NAME, "sha256": _of_type(str, "the SHA-256 of a token, in hex", SHA256.pattern),
+    "token": {"name": _NAME, "sha256": _digest,
               "read": _patterns, "write": _patterns},
     "directory": {"name": _NAME, "write_once": _of_type(bool, "true or false"),
                   "keep_versions": number_of_versions, "max_size": number_of_bytes},
@@ -2199,12 +2217,12 @@ def read_config(path: str | os.PathLike[str]) -> Settings:
     with open(path, "rb") as file:
         try:
             table = tomllib.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONFIG}
     for name, sections in table.items():
         if name not in CONFIG:
-            raise ValueError(f"{path}: '{name}' is none of {', '.join(CONFIG)}")
+            raise ValueError(f"{path}: {name!r} is none of {', '.join(CONFIG)}")
         sections = [sections] if name == "anonymous" else sections
         for number, section in enumerate(sections if isinstance(sections, list) else [None], 1):
             place = f"{path}: [[{name}]] {number}" if name != "anonymous" else f"{path}: [anonymous]"
@@ -2212,6 +2230,9 @@ def read_config(path: str | os.PathLike[str]) -> Settings:
     names = [token["name"] for token in found["token"]]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two tokens have the same name")
+    digests = [token["sha256"] for token in found["token"]]
+    if len(set(digests)) < len(digests):
+        raise ValueError(f"{path}: two tokens have the same sha256")
     tokens = tuple(Token(**token) for token in found["token"])
     closed = bool(tokens or found["anonymous"])
     anonymous = Token("-", **dict(*found["anonymous"])) if closed else EVERYONE
@@ -2224,7 +2245,7 @@ def _checked(place: str, section: object, keys: dict[str, Callable[[Any], Any]])
         raise ValueError(f"{place} is not a table")
     for key in section:
         if key not in keys:
-            raise ValueError(f"{place}: unknown key '{key}'; known are {', '.join(keys)}")
+            raise ValueError(f"{place}: unknown key {key!r}; known are {', '.join(keys)}")
     for key in ("name", "sha256"):
         if key in keys and key not in section:
             raise ValueError(f"{place}: '{key}' is missing")
@@ -2325,6 +2346,7 @@ class Parser(waitress.parser.HTTPRequestParser):
 
     channel: Channel
     answer: Answer | None = None  # of the first look
+    looked = False
     refused = False  # whether the answer came before the end of the body
     completed: bool
 
@@ -2344,11 +2366,11 @@ class Parser(waitress.parser.HTTPRequestParser):
         in_header = not self.headers_finished
         consumed: int = super().received(data)
         if self.headers_finished and not self.completed:
-            missing = self.chunked or self.content_length > len(data) - consumed
-            # a pipelined one is decided on what those before it will have done
-            missing = missing and not self.channel.requests
-            if self.body_rcv.buf.upload.fault or (in_header and missing and self.first_look()):
-                self.completed = True
+            missing = not in_header or self.chunked or self.content_length > len(data) - consumed
+            # a pipelined one waits: it is decided on what those before it will have done
+            if missing and not self.looked and not self.channel.requests:
+                self.looked, self.completed = True, self.first_look()
+            self.completed |= self.body_rcv.buf.upload.fault is not None
         if self.chunked and self.body_rcv is not None:
             if len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > 64 * 1024:
                 self.error, self.completed = waitress.utilities.BadRequest("A chunk's line is too long"), True
@@ -2673,11 +2695,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def new_token(name: str) -> str:
     """A token, and the lines for --config that make it known."""
+    if not name or not name.isprintable():
+        raise ValueError(f"{name!r} is not a name")
     token = secrets.token_urlsafe(32)
     digest = hashlib.sha256(token.encode()).hexdigest()
     return (
         f"{token}\n\n# the token above is stored nowhere; these lines are for the --config file:\n"
-        f'[[token]]\nname = {json.dumps(name)}\nsha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
+        f"[[token]]\nname = {json.dumps(name, ensure_ascii=False)}\n"
+        f'sha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
     )
 
 
@@ -2697,10 +2722,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
-    if options.new_token is not None:
-        print(new_token(options.new_token))
-        return 0
     try:
+        if options.new_token is not None:
+            print(new_token(options.new_token))
+            return 0
         settings = settings_of(options)
         repository = make_repository(options.data, settings, not options.no_fsync)
         if options.verify:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -2205,3 +2205,632 @@ def test_sha256sum_checks_what_was_downloaded(tree_url: str, tmp_path: Path) -> 
     assert pipe(*check).returncode == 0
     (tmp_path / "1.0/less").write_bytes(b"y" * 511)
     assert pipe(*check).stdout == "1.0/less: FAILED\n"
+
+
+# == Access =======================================================================================
+
+V1, V2 = "20240101T000000.000000Z", "20240102T000000.000000Z"
+READER, CI, IDLE, COLON = "of-the-reader", "of-the-builder", "of-one-without-rights", "p:ss:wörd"
+DIGESTS = [sha256(token.encode()) for token in (READER, CI, IDLE, COLON)]
+TOKENS = f"""
+anonymous = {{read = ["public"]}}
+token = [
+    {{name = "reader", sha256 = "{DIGESTS[0]}", read = ["*"]}},
+    {{name = "ci", sha256 = "{DIGESTS[1]}", read = ["app-*", "public"], write = ["app-*", "nightly"]}},
+    {{name = "idle", sha256 = "{DIGESTS[2]}"}},
+    {{name = "colon", sha256 = "{DIGESTS[3]}", read = ["app-?"]}},
+]
+"""
+MULTIPART = "Content-Type: multipart/form-data; boundary=b"
+
+
+def basic(password: str, user: str = "anyone") -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def bearer(token: str | None) -> list[str]:
+    return [] if token is None else [f"Authorization: Bearer {token}"]
+
+
+def form_of(*files: tuple[str, bytes], fields: str = "") -> bytes:
+    start = '--b\r\nContent-Disposition: form-data; name="f"; filename="%s"%s\r\n\r\n'
+    return b"".join((start % (name, fields)).encode() + body + b"\r\n" for name, body in files) + b"--b--\r\n"
+
+
+def fill(data: Path, *directories: str) -> Path:
+    """The same in each directory: x and its earlier version, dropped in by hand. The data directory."""
+    for directory in directories:
+        for name, version in (("x", V2), (f".versions/x/{V1}", V1)):
+            file = data / directory / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(version.encode())
+            os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
+    return data
+
+
+def client_of(data: Path, config: str, **options: Any) -> testing.TestClient:
+    file = data.with_name("config.toml")
+    file.write_text(config)
+    return testing.TestClient(a.create_app(data, config=file, fsync=False, **options))
+
+
+def simulate(client: testing.TestClient, line: str, *fields: str, body: bytes = b"") -> testing.Result:
+    method, path = line.split(" ", 1)
+    headers = dict(field.split(": ", 1) for field in fields)
+    return client.simulate_request(method, path, headers=headers, body=body)
+
+
+def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
+    method, path = line.split(" ", 1)
+    return program.ask(put(path, body, *fields, method=method))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """With tokens."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "c.toml").write_text(TOKENS + 'directory = [{name = "app-*", max_size = 10}]')
+    data = fill(folder / "data", "public", "app-1", "secret")
+    with Program(data, "--config", str(folder / "c.toml"), "--no-fsync") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Without tokens, on the loopback. Beside its data lies what it must not touch."""
+    folder = tmp_path_factory.mktemp("exposed")
+    outside, data = folder / "outside", fill(folder / "data", "app", "app/d")
+    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
+        (outside / name).parent.mkdir(parents=True, exist_ok=True)
+        (outside / name).write_bytes(b"not for you")
+
+    def state() -> list[object]:
+        files = sorted((outside, *outside.rglob("*")))
+        return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
+
+    before = state()
+    with Program(data, "--no-fsync", "--keep-versions=5", "--allow-host=Artefacts.example") as running:
+        yield running
+        assert running.process.poll() is None and running.get("/artefacts/app/x").body == V2.encode()
+    assert state() == before and set(os.listdir(folder)) == {"data", "outside", running.log.name}
+
+
+MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all, who builds, without rights
+    ("GET /", 303, 303, 303, 403), ("GET /artefacts", 200, 200, 200, 403),
+    ("GET /artefacts/public/x", 200, 200, 200, 403), ("PUT /artefacts/public/n", 401, 403, 403, 403),
+    ("POST /artefacts/public", 401, 403, 403, 403), ("DELETE /artefacts/public", 401, 403, 403, 403),
+    ("GET /artefacts/secret", 401, 200, 403, 403), ("HEAD /artefacts/secret/x", 401, 200, 403, 403),
+    ("GET /artefacts/secret/x?versions", 401, 200, 403, 403), ("GET /artefacts/none/x", 401, 404, 403, 403),
+    ("GET /artefacts/secret?format=tar", 401, 200, 403, 403), ("GET /artefacts/secret/n", 401, 404, 403, 403),
+    (f"GET /artefacts/secret/x?version={V1}", 401, 200, 403, 403),
+    ("GET /artefacts/.x/x", 401, 400, 403, 403), ("OPTIONS /artefacts/secret/x", 401, 200, 403, 403),
+    ("PATCH /artefacts/secret/x", 401, 403, 403, 403), ("GET /artefacts/app-1/x", 401, 200, 200, 403),
+    ("GET /artefacts/Public/x", 401, 404, 403, 403), ("GET /artefacts/public%2Fx", 200, 200, 200, 403),
+    ("GET /artefacts/secret%2Fx", 401, 200, 403, 403),
+    ("GET /artefacts/public/../secret/x", 400, 400, 400, 403), ("PUT /artefacts/app-1/n", 401, 403, 201, 403),
+    ("POST /artefacts/app-1/n", 401, 403, 409, 403), ("DELETE /artefacts/app-1/n", 401, 403, 204, 403),
+    (f"POST /artefacts/app-1/x?restore={V1}", 401, 403, 201, 403),
+    (f"DELETE /artefacts/app-1/x?version={V1}", 401, 403, 204, 403),
+    ("DELETE /artefacts/app-1/x?versions", 401, 403, 204, 403),
+    ("DELETE /artefacts/app-1", 401, 403, 204, 403), ("PUT /artefacts/nightly/n", 401, 403, 201, 403),
+    ("GET /artefacts/nightly/n", 401, 200, 403, 403),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["/artefacts", "/artefact"])
+def test_who_may_do_what(tmp_path: Path, base: str) -> None:
+    data = fill(tmp_path / "data", "public", "app-1", "secret")
+    client = client_of(data, TOKENS, keep_versions=5)
+    for token, shown in ((None, "public"), (READER, "app-1 public secret"), (CI, "app-1 public")):
+        listed = simulate(client, f"GET {base}", *bearer(token)).json["directories"]
+        assert [entry["directory"] for entry in listed] == shown.split()
+    for line, *statuses in MAY:
+        # who is refused asks first: what he asks for is still there
+        for status, token in sorted(zip(statuses, ("", READER, CI, IDLE), strict=True), reverse=True):
+            before = tree(data)
+            result = simulate(client, line.replace("/artefacts", base), *bearer(token or None))
+            assert result.status_code == status, (line, token)
+            assert ("WWW-Authenticate" in result.headers) == (status == 401)
+            if status in (401, 403):
+                assert result.headers["Content-Type"] == "application/problem+json" and tree(data) == before
+            if "ETag" in result.headers and line[:4] in ("GET ", "HEAD"):
+                assert result.headers["Cache-Control"].startswith("private, ")
+
+
+CREDENTIALS: dict[int, list[str]] = {  # the status of a GET that needs a token; values of Authorization
+    200: [f"Bearer {CI}", f"bearer {CI}", f"BEARER {CI}", basic(CI), basic(CI, ""), basic(CI, "naïve"),
+          basic(COLON), basic(CI).replace("B", "b", 1)],
+    403: [f"Bearer {IDLE}", basic(IDLE)],
+    401: [
+        "", "Bearer", "Bearer ", "Bearer\t", f"Bearer {CI}x", f"Bearer {CI[:-1]}", f"Bearer {CI.upper()}", CI,
+        f"Bearer x {CI}", f"Bearer {CI} {CI}", f"Bearer {CI},", f"Bearer: {CI}", f"Bearer={CI}",
+        "Bearer \xff\xfe", f"Bearer anyone:{CI}", f"Bearer {basic(CI)[6:]}", f"Bearer {DIGESTS[1]}",
+        "Bearer " + "x" * 60_000, "Bearer " * 5000, f"Token {CI}", f"Digest {CI}", f"Negotiate {CI}", "Basic",
+        "Basic ", "Basic ====", "Basic Og==", "Basic //79", "Basic \xff", f"Basic {CI}", f"Basic anyone:{CI}",
+        basic(""), basic("", CI), basic(CI[:-1]), "Basic " + base64.b64encode(CI.encode()).decode(),
+        "Basic " + "QQ==" * 15_000, f"Bearer {CI}\r\nAuthorization: Bearer {CI}",
+        f"Bearer wrong\r\nAuthorization: Bearer {CI}", f"{basic(CI)}\r\nAuthorization: Bearer {CI}",
+        f"\r\nX-Token: {CI}", f"\r\nCookie: token={CI}",
+    ],
+}  # fmt: skip
+
+
+def test_credentials(guarded: Program) -> None:
+    for status, values in CREDENTIALS.items():
+        for value in values:
+            answer = ask(guarded, "GET /artefacts/app-1/x", f"Authorization: {value}")
+            assert answer.status == status, value[:80]
+            assert status == 200 or answer.is_problem(status)
+            if status == 401:
+                challenge = answer.headers["WWW-Authenticate"]
+                assert all(part in challenge for part in ('Basic realm="', 'charset="UTF-8"', "Bearer"))
+
+
+def test_the_log_names_the_token_and_never_its_value(guarded: Program) -> None:
+    for directory, value in (("app-1", f"Bearer {CI}"), ("secret", basic(CI)), ("app-1", "Bearer not-known")):
+        ask(guarded, f"GET /artefacts/{directory}/logged", f"Authorization: {value}")
+    eventually(lambda: guarded.log.read_text().count("/logged") == 3)
+    log = guarded.log.read_text()
+    lines = [line.split() for line in log.splitlines() if "/logged" in line]
+    assert [(line[2], line[-2]) for line in lines] == [("ci", "404"), ("ci", "403"), ("-", "401")]
+    assert not [secret for secret in (CI, READER, "not-known", DIGESTS[1], basic(CI)[6:]) if secret in log]
+
+
+def test_whether_it_exists_is_not_told_to_who_may_not_read_it(tmp_path: Path) -> None:
+    """Existing or not, allowed as a name or not, whatever the preconditions: one and the same answer."""
+    client, etag = client_of(fill(tmp_path / "data", "public", "secret"), TOKENS), sha256(V2.encode())
+    conditions: tuple[list[str], ...] = (
+        [], [f'If-None-Match: "{etag}"'], [f'If-Match: "{etag}"'], ["If-None-Match: *"],
+        ["Range: bytes=99-"], ["Repr-Digest: sha-256=:?:"],
+    )  # fmt: skip
+    for line in (
+        "GET ", "HEAD ", "OPTIONS ", "PUT ", "POST ", "DELETE ", "GET ?versions", f"GET ?version={V1}",
+        f"POST ?restore={V1}", f"DELETE ?version={V1}", "DELETE ?versions",
+    ):  # fmt: skip
+        method, query = line.split(" ")
+        for token in (None, IDLE):
+            answers = {
+                (result.status, result.text, repr(sorted(result.headers.items())))
+                for path in ("secret", "none", "secret/x", "secret/y", "none/x", "secret/x/y", "secret/.x")
+                for fields in conditions
+                for request in [f"{method} /artefacts/{path}{query}"]
+                for result in [simulate(client, request, *fields, *bearer(token))]
+            }
+            assert len(answers) == 1, answers
+
+
+@pytest.mark.parametrize("announced", ["Content-Length: 5000000", CHUNKED])
+def test_a_refused_upload_is_neither_awaited_nor_stored(guarded: Program, announced: str) -> None:
+    """The body is announced and never sent; the answer comes all the same, and no 100 before it."""
+    for line, token, status in (
+        ("PUT secret/n", None, 401), ("POST secret/n", None, 401), ("POST secret", None, 401),
+        ("PUT secret/n", "x", 401), ("DELETE secret", None, 401), ("PUT secret/x", CI, 403),
+        ("POST public", CI, 403), ("PUT app-1/n", READER, 403), ("POST app-1/n?restore=x", IDLE, 403),
+        *[("PUT app-1/n", CI, 413), ("POST app-1/n", CI, 413)] * (announced != CHUNKED),
+    ):  # fmt: skip
+        method, path = line.split(" ")
+        for expect in ("X: y", "Expect: 100-continue"):
+            fields = [announced, expect, *bearer(token), *[MULTIPART] * path.isalpha()]
+            with guarded.connect() as connection:
+                answer = connection.ask(head(method, f"/artefacts/{path}", *fields))
+                assert answer.is_problem(status) and answer.headers["Connection"].lower() == "close", line
+                assert guarded.incoming() == [], line
+
+
+@pytest.mark.parametrize(("before", "line"), [
+    ("", "GET public"), ("", "GET public/x?versions"), ("", "GET public/x?at=2024-01-02"),
+    ("", "OPTIONS public"), ("GET", "PUT secret/n"), ("DELETE", "POST secret"),
+])  # fmt: skip
+def test_who_may_not_write_fills_no_disk(guarded: Program, before: str, line: str) -> None:
+    """Not with the body of a request that has no use for one, nor with an upload right behind a request."""
+    method, path = line.split(" ")
+    with guarded.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.send(head(before, "/artefacts/public") if before else b"")
+        connection.send(head(method, f"/artefacts/{path}", CHUNKED))
+        for _ in range(30):  # more than a connection's buffers hold: most of it has then been received
+            connection.send(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+        staged = (guarded.data / ".incoming").iterdir()
+        assert sum(file.stat().st_size for file in staged) <= 1 << 20
+
+
+def test_what_is_written_once_stays(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", "releases-1", "other")
+    client = client_of(data, 'directory = [{name = "releases*", write_once = true}]', keep_versions=2)
+    before, once = tree(data), "/artefacts/releases-1"
+    for status, line, fields, body in (
+        (409, f"PUT {once}/x", (), b"new"), (409, f"PUT {once}/x", (), V2.encode()),
+        (409, f"PUT {once}/x", ("If-Match: *",), b"new"), (409, f"POST {once}/x", (), b"new"),
+        (409, f"POST {once}/x?restore={V1}", (), b""), (409, f"POST {once}/x?restore={V2}", (), b""),
+        (409, f"POST {once}", (MULTIPART,), form_of(("x", b"new"))),
+        (409, f"POST {once}/x", (MULTIPART,), form_of(("y", b"new"))), (409, f"PUT {once}/x/y", (), b"new"),
+        (403, f"DELETE {once}/x", (), b""), (403, f"DELETE {once}", (), b""),
+        (403, f"DELETE {once}/x?version={V1}", (), b""), (403, f"DELETE {once}/x?versions", (), b""),
+        (403, "DELETE /artefact/releases-1/", (), b""),
+    ):  # fmt: skip
+        result = simulate(client, line, *fields, body=body)
+        assert (result.status_code, tree(data)) == (status, before), line
+        assert result.headers["Content-Type"] == "application/problem+json"
+    assert simulate(client, f"PUT {once}/n", body=b"1").status_code == 201
+    assert simulate(client, f"POST {once}/m", body=b"1").status_code == 201
+    mixed = simulate(client, f"POST {once}", MULTIPART, body=form_of(("l", b"1"), ("x", b"1"), ("l", b"2")))
+    assert (mixed.status_code, [row["id"] for row in mixed.json["refused"]]) == (409, ["x", "l"])
+    assert tree(data) == before | {f"releases-1/{name}": b"1" for name in "lmn"}
+    for line in ("PUT other/x", f"POST other/x?restore={V1}", "DELETE other"):
+        assert simulate(client, line.replace(" ", " /artefacts/"), body=b"2").status_code < 300
+
+
+def test_the_first_rule_that_matches_decides_key_by_key(tmp_path: Path) -> None:
+    config = """directory = [
+        {name = "open-*", write_once = false}, {name = "*-all", keep_versions = "all", max_size = "1 kB"},
+        {name = "[!x]*-*", write_once = true, keep_versions = 1, max_size = 100},
+        {name = "open-late", write_once = true, max_size = 1}]"""
+    client = client_of(tmp_path / "data", config, keep_versions=2, max_size=10)
+    for directory, replaced, kept, largest in (
+        ("open-1", 200, 1, 100), ("open-all", 200, 4, 1000), ("a-all", 409, 0, 1000),
+        ("open-late", 200, 1, 100), ("a-b", 409, 0, 100), ("plain", 200, 2, 10), ("x-1", 200, 2, 10),
+        ("OPEN-1", 409, 0, 100),
+    ):  # fmt: skip
+        path = f"/artefacts/{directory}/x"
+        statuses = {simulate(client, f"PUT {path}", body=b"%d" % number).status_code for number in range(5)}
+        assert statuses == {201, replaced}, directory
+        assert len(simulate(client, f"GET {path}?versions").json["versions"]) == kept + 1, directory
+        for size, status in ((largest, 201), (largest + 1, 413)):
+            assert simulate(client, f"PUT {path}-{size}", body=bytes(size)).status_code == status, directory
+
+
+def test_too_large_for_its_directory(guarded: Program) -> None:
+    eleven, before, folder = b"12345678901", tree(guarded.data), "/artefacts/app-1"
+    n, token = folder + "/n", bearer(CI)[0]
+    for request in (
+        put(n, eleven, token), put(n, eleven, token, method="POST"), put(folder + "/x", eleven, token),
+        head("PUT", n, CHUNKED, token) + pieces(eleven, 4),
+        head("PUT", n, CHUNKED, token) + pieces(bytes(3_000_000), 65536),
+        put(n, form_of(("x", eleven)), MULTIPART, token, method="POST"),
+        put(folder, form_of(("n", eleven)), MULTIPART, token, method="POST"),
+        head("POST", folder, CHUNKED, MULTIPART, token) + pieces(form_of(("n", eleven)), 7),
+    ):  # fmt: skip
+        answer = guarded.ask(request)
+        assert (answer.status, answer.headers["Content-Type"]) == (413, "application/problem+json"), request
+        assert tree(guarded.data) == before
+    answer = ask(guarded, f"POST {folder}", MULTIPART, token, body=form_of(("small", b"1"), ("n", eleven)))
+    assert answer.status == 413 and [row["id"] for row in json.loads(answer.body)["artefacts"]] == ["small"]
+    assert tree(guarded.data) == before | {"app-1/small": b"1"}
+    assert ask(guarded, "PUT /artefacts/nightly/n", token, body=bytes(3_000_000)).status == 201
+
+
+def fault(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line with which a start ends. Were nothing refused, it would say that the port is taken."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert a.main([f"--port={taken.getsockname()[1]}", *options]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("artefacts.py: ") and told.err.count("\n") == 1, told
+    return told.err
+
+
+T, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
+MISTAKES: list[tuple[str, str]] = [  # a --config file; the place that the one line names
+    ('read = ["*"]', "read"), ("[anonymos]\nread = []", "anonymos"), ('"a\\nb" = 1', "a"),
+    ("[anonymous.x]", "x"), ('[anonymous]\nreads = ["*"]', "reads"), ('[anonymous]\nname = "x"', "name"),
+    ("anonymous = 1", "anonymous"), ('[anonymous]\nread = "*"', "anonymous"),
+    ("[anonymous]\nread = [1]", "anonymous"), ("[directory]", "directory"),
+    ("[[anonymous]]\nread = []", "anonymous"), (T + KEY + "wirte = []", "wirte"),
+    ('[token]\nname = "t"', "token"), (f"[[token]]\n{KEY}", "name"), (T, "sha256"),
+    (f'[[token]]\nname = ""\n{KEY}', "token"), ("token = 1", "token"),
+    (f"[[token]]\nname = 5\n{KEY}", "token"), (T + 'sha256 = ""', "token"), (T + "sha256 = 1", "token"),
+    (T + KEY + '[[token]]\nname = "u"\nsha256 = "0"', "2"), (f'{T}sha256 = "{"g" * 64}"', "token"),
+    (T + KEY + "read = {}", "token"), (T + KEY + 'write = [["*"]]', "token"), ("[[token]]\n[[token]]", "1"),
+    (T + KEY + T + f'sha256 = "{DIGESTS[1]}"', "same"), (T + KEY + f'[[token]]\nname = "u"\n{KEY}', "same"),
+    (f'{T}sha256 = "{sha256(b"")}"', "token"), ("[[directory]]\nwrite_once = true", "name"),
+    *((f'[[directory]]\nname = "a"\n[[directory]]\nname = "b"\n{line}', "2") for line in (
+        'write_once = "yes"', "write_once = 1", "keep_versions = -1", 'keep_versions = "some"',
+        "keep_versions = true", "keep_versions = 1.5", "max_size = -1", "max_size = true",
+        'max_size = "2 parsecs"', 'max_size = ""', "max_size = 1.5", "max_size = []", 'writeonce = "x"',
+    )),
+    ('[[directory]]\nname = ["*"]', "directory"), ("[[directory]", "line 1"), ("\n\nx = ?", "line 3"),
+    ("\0", "line 1"), ('name = "\udcff"', "utf-8"), ("[anonymous]\n[anonymous]", "line 2"),
+    ("x = " + "[" * 5000, ""),
+]  # fmt: skip
+
+
+def test_a_mistake_in_the_config_file_ends_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, data = tmp_path / "c.toml", tmp_path / "data"
+    for text, place in MISTAKES:
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        told = fault(capsys, f"--config={file}", f"--data={data}")
+        assert str(file) in told and place in told.replace(str(file), ""), (text[:200], told)
+        with pytest.raises(ValueError, match=r"c\.toml"):
+            a.create_app(data, config=file)
+    file.write_text(T + f'sha256 = "{CI}"')  # the token itself, in the place of its digest
+    assert CI not in fault(capsys, f"--config={file}")
+    file.chmod(0)
+    for unreadable in (tmp_path / "missing", tmp_path, *([file] if os.geteuid() else [])):  # root reads all
+        assert str(unreadable) in fault(capsys, f"--config={unreadable}", f"--data={data}")
+    assert not data.exists()
+
+
+@pytest.mark.parametrize("name", ["ci", 'quo"te\\', "ünï", "🎉", "a = 1 # b", "\x7f", "two\nlines", ""])
+def test_a_new_token_works_when_its_lines_are_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    status = a.main(["--new-token", name])
+    told = capsys.readouterr()
+    if status != 0:  # what cannot be a name is refused
+        assert (status, told.out, told.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
+        return
+    token, _, lines = told.out.partition("\n")
+    assert len(token) >= 32 and token not in lines
+    client = client_of(fill(tmp_path / "data", "app"), lines)
+    assert simulate(client, "GET /artefacts/app/x").status_code == 401
+    assert simulate(client, "PUT /artefacts/app/x", *bearer(token), body=b"1").status_code == 200
+    assert simulate(client, "GET /artefacts/app/x", f"Authorization: {basic(token)}").content == b"1"
+
+
+def test_the_network_is_served_with_tokens_or_when_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens, rules, data = tmp_path / "tokens", tmp_path / "rules", f"--data={tmp_path / 'data'}"
+    tokens.write_text(TOKENS)
+    rules.write_text('[anonymous]\nread = ["*"]\n')
+    for host in ("0.0.0.0", "::", "", "192.0.2.1", "128.0.0.1", "localhost.example"):
+        for config in ([], [f"--config={rules}"]):
+            assert "--open" in fault(capsys, data, f"--host={host}", *config)
+    for option in (f"--config={tokens}", "--open"):
+        command = [sys.executable, str(PROGRAM), "--host=0.0.0.0", "--port=0", "--quiet", data, option]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            port = urlsplit(process.stdout.readline().strip()).port or 0
+            with socket.create_connection(("127.0.0.1", port)) as client, client.makefile("rb") as answer:
+                client.sendall(b"GET /artefacts/ HTTP/1.1\r\nHost: a.example\r\n\r\n")
+                assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+            process.terminate()
+
+
+def test_behind_a_stack_that_authenticates_by_itself_none_of_it_is_in_the_way(tmp_path: Path) -> None:
+    client = testing.TestClient(a.create_app(fill(tmp_path / "data", "app")))
+    for value in (basic("of the other stack"), "Bearer ey.J.0", "Negotiate YII=", "nonsense"):
+        for host in ("artefacts.example", "10.0.0.7:8443"):
+            fields = f"Authorization: {value}", f"Origin: https://{host}", f"Host: {host}"
+            assert simulate(client, "GET /artefacts/app/x", *fields).status_code == 200
+            assert simulate(client, "PUT /artefacts/app/x", *fields, body=V2.encode()).status_code == 200
+    assert simulate(client, "GET /artefacts/app/x").headers["Cache-Control"] == "no-cache"
+
+
+HOSTS: dict[tuple[int, ...], list[str]] = {
+    (200, 201): [
+        "localhost", "LocalHost:8080", "localhost:", "localhost:65535", "127.0.0.1", "127.1.2.3:80", "[::1]",
+        "[::1]:8080", "x.localhost", "artefacts.example", "ARTEFACTS.EXAMPLE:8080",
+    ],
+    (403,): [
+        "example.org", "localhost.example.org", "127.0.0.1.example.org", "evil-localhost",
+        "artefacts.example.org", "x.artefacts.example", "10.0.0.1", "0.0.0.0", "[::2]:80", "[::]",
+        "2130706433", "0x7f.1",
+    ],
+    (400, 403): ["", ":80", "localhost.", "%6cocalhost", "*"],
+    (400,): [
+        "localhost, example.org", "local host", "[::1", "::1", "[localhost]", "[::1]x", "localhost:port",
+        "\x7f", "localhost:123456", "localhost:-1", "user@localhost", "http://localhost", "localhost/",
+        "localhost#", "\xff", "<script>", "localh\xf6st", "localhost\0", "x" * 60_000 + "<",
+        "localhost\r\nHost: example.org", "localhost\r\nHost: localhost", "example.org\r\nHost: localhost",
+        "localhost\r\nhOST:",
+    ],
+}  # fmt: skip
+
+
+def test_host(exposed: Program, guarded: Program) -> None:
+    def status(program: Program, line: str, fields: str = "", version: str = "1.1") -> int:
+        request = f"{line} HTTP/{version}\r\n{fields}Content-Length: 0\r\n\r\n".encode("latin-1")
+        answer = program.ask(request)
+        return answer.status if answer.status < 300 or answer.is_problem(answer.status) else 0
+
+    for statuses, hosts in HOSTS.items():
+        for field in (f"Host: {host}\r\n" for host in hosts):
+            assert status(exposed, "GET /artefacts/app/x", field) in statuses, field[:80]
+            assert status(exposed, "PUT /artefacts/host/x", field) in statuses, field[:80]
+            # with tokens every name will do, but it must be one
+            expected = (400,) if statuses == (400,) else (200,) if statuses != (400, 403) else (200, 400)
+            assert status(guarded, "GET /artefacts/public/x", field) in expected, field[:80]
+    assert status(exposed, "GET /artefacts/app/x") == status(guarded, "GET /artefacts/public/x") == 400
+    assert status(exposed, "GET /artefacts/app/x", "Host : localhost\r\n") == 400
+    assert status(guarded, "GET /artefacts/public/x", version="1.0") == 200
+    assert status(exposed, "PUT /artefacts/host/x", "Origin: null\r\n", version="1.0") == 403
+
+
+OWN = ["X: y", "Origin: http://localhost", "Origin: HTTPS://LocalHost", "Sec-Fetch-Site: same-origin",
+       "Sec-Fetch-Site: none", "Sec-Fetch-Site: same-origin\r\nOrigin: http://localhost",
+       "Referer: http://example.org/"]  # fmt: skip
+FOREIGN = [
+    *(f"Origin: {origin}" for origin in (
+        "http://example.org", "null", "", "localhost", "http://", "http://localhost:81",
+        "http://localhost.example.org", "http://example.org/http://localhost", "http://127.0.0.1", "file://",
+        "\xff", "http://localhost/", "http://localhost, http://example.org",
+        "http://localhost\r\nOrigin: http://example.org",
+    )),
+    *(f"Sec-Fetch-Site: {site}" for site in (
+        "cross-site", "same-site", "", "nonsense", "same-origin, cross-site",
+        "same-site\r\nOrigin: http://localhost", "cross-site\r\nSec-Fetch-Site: same-origin",
+        "cross-site\r\nOrigin: http://localhost",
+    )),
+]  # fmt: skip
+
+
+def test_another_sites_page_may_change_nothing(exposed: Program) -> None:
+    before = tree(exposed.data)
+    for field in FOREIGN:
+        for line in ("GET app/x", "HEAD app/x", "OPTIONS app/x", "GET app", "GET "):
+            assert ask(exposed, line.replace(" ", " /artefacts/"), field).status == 200
+        for line in (
+            "PUT app/x", "PUT app/n", "POST app/n", "POST app", f"POST app/x?restore={V1}", "PATCH app/x",
+            "DELETE app", "DELETE app/x", "DELETE app/x?versions", f"DELETE app/x?version={V1}",
+        ):  # fmt: skip
+            line = line.replace(" ", " /artefacts/")
+            assert ask(exposed, line, field, MULTIPART, body=form_of(("n", b"1"))).is_problem(403), field
+    assert tree(exposed.data) == before
+    preflight = ask(exposed, "OPTIONS /artefacts/app/x", FOREIGN[0], "Access-Control-Request-Method: PUT")
+    assert not [name for name in preflight.headers if name.lower().startswith("access-control")]
+    for field in OWN:
+        assert ask(exposed, "PUT /artefacts/own/x", field).status in (200, 201), field
+    request = put("/artefacts/own/x", b"", "Origin: http://artefacts.example:81")
+    for host, status in ((b"artefacts.example:81", 200), (b"artefacts.example", 403)):
+        assert exposed.ask(request.replace(b"localhost", host)).status == status
+
+
+# == Hostile input, on raw sockets ================================================================
+
+BAD = [  # what no segment may be or have, as it may be written in a path
+    "..", ".", "%2e%2e", "%2E%2e", ".%2e", "..%2f..", "%2e%2e%2f%2e%2e", "..%5c..", "..\\..", "%5c..",
+    "x%5cy", "%00", "..%00", "x%00y", "%2e%2e%00", "%c0%ae%c0%ae", "%c0%af..", "..%c0%af",
+    "%e0%80%ae%e0%80%ae", "%f0%80%80%ae", "%ff", "%ed%a0%80", "..;", "....", ".versions", "%2everssions",
+    "%2fetc", "x%2f..%2f..", "x/../..", "x%2f%2f", "%0a", "%7f", "%0d%0aX-Evil:%20y", "%c2%85", "\x01",
+    "%ef%bf%bd", "x" * 256, "%e2%82%ac" * 86, "\xff",
+]  # fmt: skip
+PLACES = ["{}/x", "{}", "app/{}", "app/{}/x", "app/d/{}/../outside/secret", "app/.versions/{}", "{}/../../x"]
+TARGETS = [
+    *(f"/artefacts/{place.format(bad)}" for bad in BAD for place in PLACES), "//etc/passwd",
+    "//localhost/artefacts/app/x", "/artefacts//x", "/artefacts/app//x", "//../outside", "/etc/passwd",
+    "/../artefacts/app/n", "/%2e%2e/artefacts/app/n", "/artefacts/../outside/secret", "/artefacts\\app",
+    "/data/app/x", "file:///etc/passwd", "ftp://localhost/etc/passwd", "http://localhost/../../etc/passwd",
+    "http:///etc/passwd", "*", "..", "", "localhost:80", "/artefactsx/app", "/.incoming/",
+    "/artefacts/.locks/app", "/\0", "/artefacts/.trash", f"/artefacts/app/.versions/x/{V1}",
+    "http://[::1/artefacts", "http://localhost:port/../x", "http://localhost/artefacts/%2e%2e/x",
+    "/artefacts/app/" + "a/" * 513 + "a", "/artefacts/" + "x" * 60_000,
+]  # fmt: skip
+LITERAL = ["%252e%252e", "%252E.%252f%252E", "%u002e%u002e", "%25%32%65", "%2", "%zz", "~", "%257f", "x%2520"]
+QUERIES = {
+    404: [f"app/x?version={bad}" for bad in ("../../../outside/secret", "..", "%00", V1 + "%00", "1" * 5000)],
+    400: [
+        *(f"app/x?at={bad}" for bad in ("1" * 5000, "-" * 5000, "%00", "%0d%0aX-Evil:y")),
+        *(f"app?limit={bad}" for bad in ("1" * 5000, "-1", "1e9", "%00", "%d9%a3", "1_0")),
+        "app?format=../../x",
+    ],
+    200: [
+        "app/x?restore=../../x", "app?prefix=../../outside", "app?after=../../outside&prefix=%00",
+        "app?limit=" + "9" * 18, "app?" + "&".join(f"limit{n}=1" for n in range(4000)),
+        "app?prefix=" + "a" * 60_000, "app?prefix=%0d%0aX-Evil:%20y&limit=1",
+        "app?after=" + "9" * 5000 + "/../x",
+    ],
+}  # fmt: skip
+
+
+def refused(answer: Answer, request: object) -> bool:
+    """Fails unless it is a 4xx with a detail, and nothing of the request is in its header."""
+    assert 400 <= answer.status < 500, (answer.status, request)
+    return answer.is_problem(answer.status) and "X-Evil" not in answer.headers
+
+
+def test_no_path_leads_out(exposed: Program) -> None:
+    before = tree(exposed.data)
+    for target in TARGETS:
+        for method in ("GET", "PUT", "DELETE", "POST"):
+            answer = ask(exposed, f"{method} {target}", MULTIPART, body=form_of(("n", b"1")))
+            assert refused(answer, (method, target[:100]))
+    for status, lines in QUERIES.items():
+        for line in lines:
+            answer = exposed.get(f"/artefacts/{line}")
+            assert answer.status == status and "X-Evil" not in answer.headers, line[:80]
+            assert status == 200 or refused(answer, line)
+    for bad in ("../../../outside/secret", "..", "%00", "1" * 5000, "", V1[:-1], V1 + "/"):
+        assert refused(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
+        assert refused(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
+    assert tree(exposed.data) == before
+    for odd in LITERAL:  # decoded once, and never a second time
+        for path in (f"literal/{odd}", f"literal/{odd}-f/{odd}", f"{odd}/x"):
+            assert ask(exposed, f"PUT /artefacts/{path}", body=odd.encode()).status == 201
+            assert (exposed.data / unquote(path)).read_bytes() == odd.encode()
+            assert exposed.get(f"/artefacts/{path}").body == odd.encode()
+
+
+BOMBS: list[tuple[str, str, str]] = [  # method; the statuses that are right; header fields
+    *(("GET", statuses, f"Range: bytes={ranges}") for statuses, ranges in (
+        ("200", ",".join(["0-0"] * 10_000)), ("206", "0-" + "9" * 5000), ("416", "9" * 5000 + "-"),
+        ("206", "-" + "9" * 5000), ("206", "0" * 5000 + "-1"), ("200", " " * 60_000), ("200", "\xb2-"),
+    )),
+    *(("GET", "200", field) for field in (
+        "If-None-Match: " + '"' * 60_000, "If-None-Match: " + 'W/"a",' * 10_000,
+        "If-None-Match: " + "W/" * 30_000, "If-Modified-Since: " + "9" * 5000, "If-Range: " + '"' * 60_000,
+        "Accept: " + "a/b;q=0.1," * 6000, "Accept: " + ";" * 60_000, "Cookie: " + "a=b;" * 15_000,
+        "X: y\r\n" * 5000 + "X: y",
+    )),
+    ("GET", "412", "If-Match: " + '"a' * 30_000), ("GET", "431", "X: " + "x" * 1_000_000),
+    ("GET", "431", "X: y\r\n" * 50_000 + "X: y"), ("GET", "400", "X: a\rX-Evil: y"),
+    ("PUT", "400 413", "Content-Length: " + "9" * 5000),
+    ("PUT", "400 413", "Content-Length: " + "0" * 5000 + "1"),
+    ("PUT", "400", "Content-Range: bytes " + "9" * 5000), ("PUT", "400", "X-Checksum-Sha256: " + "9" * 5000),
+    ("PUT", "200", "Repr-Digest: " + ", \t" * 20_000 + "sha-256"), ("PUT", "400", "Digest: SHA-256=\xff"),
+    ("PUT", "400", "Repr-Digest: sha-256=:" + "A" * 60_000 + ":"),
+    ("PUT", "415", "Content-Encoding: " + "x," * 9000), ("PUT", "200", "Content-Type: a/b;" + " " * 60_000),
+    ("PUT", "200", "Content-Type: " + "a/" * 30_000), ("PUT", "200", "Content-Type: \xff<script>"),
+    ("POST", "400", MULTIPART + "b" * 60_000), ("POST", "400", MULTIPART[:-2]),
+]  # fmt: skip
+
+
+def test_header_bombs_and_numbers_without_end(exposed: Program) -> None:
+    paths = {"GET": "/artefacts/app/x", "PUT": "/artefacts/odd/fields", "POST": "/artefacts/odd"}
+    ask(exposed, "PUT /artefacts/odd/fields")
+    for method, statuses, fields in BOMBS:
+        length = "" if "Length" in fields else "Content-Length: 0\r\n"
+        request = f"{method} {paths[method]} HTTP/1.1\r\nHost: localhost\r\n{length}{fields}\r\n\r\n"
+        started = time.monotonic()
+        with exposed.connect() as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.send(request.encode("latin-1"))
+            answer = connection.answer()
+        assert str(answer.status) in statuses, (answer.status, fields[:80])
+        assert answer.status < 400 or refused(answer, fields[:80])
+        assert "X-Evil" not in answer.headers and time.monotonic() - started < 5, fields[:80]
+
+
+ODD_NAMES = [
+    'quo"te', "a; filename=b", "a\u202egpj.exe", "<script>alert(1).html", "\u2066\u2028\u2029", "a' b*=",
+    "🎉, b", "%0d%0aX-Evil: y", "=?utf-8?q?x?=", "e\u0301", "&amp;", "a,b;c=d", "${x}", "\ufeff", "-rf",
+    "ﬀ" * 85,
+]  # fmt: skip
+
+
+def test_whatever_a_name_has_breaks_no_field(exposed: Program) -> None:
+    plain = ask(exposed, "PUT /artefacts/names/plain")
+    fields = set(plain.headers), set(exposed.get("/artefacts/names/plain").headers)
+    for name in ODD_NAMES:
+        path = f"/artefacts/names/below/{quote(name, safe='')}"
+        pushed, fetched = ask(exposed, f"PUT {path}"), exposed.get(path)
+        assert (pushed.status, fetched.status) == (201, 200)
+        assert (set(pushed.headers), set(fetched.headers)) == fields
+        shown, encoded = fetched.headers["Content-Disposition"].rsplit("; filename*=UTF-8''", 1)
+        assert unquote(encoded) == name and unquote(pushed.headers["Location"]).endswith(f"/below/{name}")
+        assert shown.startswith('inline; filename="') and shown.count('"') - shown.count('\\"') == 2
+        assert fetched.headers["Link"].isascii() and refused(ask(exposed, f"PUT {path}/n"), name)
+    listed = json.loads(exposed.get("/artefacts/names?prefix=below/").body)["artefacts"]
+    assert [entry["id"] for entry in listed] == sorted(f"below/{name}" for name in ODD_NAMES)
+    assert exposed.get("/artefacts/names?prefix=below/a&limit=1").headers["Link"].isascii()
+
+
+def test_whatever_a_form_has_breaks_no_field(exposed: Program) -> None:
+    """A file's name is taken without its folders; a type with a line break in it is none."""
+    for name, status in (("../../up", 201), ("/etc/up2", 201), ("C:\\up3", 201), ("..", 400), ("../", 400),
+                         (".u", 400), ("a\0", 400), ("a\nb", 400), ("x" * 256, 400)):  # fmt: skip
+        answer = ask(exposed, "POST /artefacts/form", MULTIPART, body=form_of((name, b"1")))
+        assert answer.status == status, name
+    assert {name for name in tree(exposed.data) if "form" in name} == {"form/up", "form/up2", "form/up3"}
+    for type in ("a/b\n", "text/html\n\n;<script>alert(1)</script>", "a/b;\v", "a/b\0", "a/b\r;x"):
+        body = form_of(("t", b"1"), fields=f"\r\nContent-Type: {type}")
+        pushed = ask(exposed, "POST /artefacts/form/type", MULTIPART, body=body)
+        if pushed.status != 201:
+            assert refused(pushed, type)
+            continue
+        assert exposed.get("/artefacts/form/type").body == b"1", type
+        ask(exposed, "DELETE /artefacts/form/type?versions")
+
+
+def test_stored_active_content_can_run_nothing(exposed: Program) -> None:
+    for name, type in (
+        ("p.html", "text/html; charset=utf-8"), ("p.svg", "image/svg+xml"), ("p.xml", "application/xml"),
+        ("p.js", "text/javascript"), ("p.pdf", "application/pdf"), ("large", "text/html"), ("p", "text/xsl"),
+    ):  # fmt: skip
+        path, body = f"/artefacts/active/{name}", b"<script>1</script>" * (20_000 if name == "large" else 1)
+        version = json.loads(ask(exposed, f"PUT {path}", f"Content-Type: {type}", body=body).body)["version"]
+        for line in (f"GET {path}", f"HEAD {path}", f"GET {path}?version={version}"):
+            headers = ask(exposed, line, "Range: bytes=0-3").headers
+            policy = {rule.strip() for rule in headers["Content-Security-Policy"].split(";")}
+            assert headers["Content-Type"] == type and headers["X-Content-Type-Options"] == "nosniff"
+            assert {"sandbox", "default-src 'none'"} <= policy and "script" not in "".join(policy)
