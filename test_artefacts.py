@@ -2834,3 +2834,13 @@ def test_stored_active_content_can_run_nothing(exposed: Program) -> None:
             policy = {rule.strip() for rule in headers["Content-Security-Policy"].split(";")}
             assert headers["Content-Type"] == type and headers["X-Content-Type-Options"] == "nosniff"
             assert {"sandbox", "default-src 'none'"} <= policy and "script" not in "".join(policy)
+
+
+# == The README ===================================================================================
+
+
+def test_the_readme_has_the_help_word_for_word() -> None:
+    command, environment = [sys.executable, str(PROGRAM), "--help"], os.environ | {"COLUMNS": "90"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    readme = PROGRAM.with_name("README.md").read_text()
+    assert "".join(f"    {line}" if line.strip() else line for line in told.splitlines(keepends=True)) in readme
