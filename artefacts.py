@@ -60,7 +60,6 @@ import tarfile
 import threading
 import time
 import tomllib
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,7 +83,7 @@ if TYPE_CHECKING:
 
 # == Values and errors ============================================================================
 
-ROOT, INCOMING, LOCKS, TRASH, VERSIONS = "", ".incoming", ".locks", ".trash", ".versions"
+INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
 ALL = sys.maxsize  # keep_versions: every one
 PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memory
 HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them
@@ -162,6 +161,10 @@ class OutOfSpace(ArtefactsError):
     """The disk has less room than is needed."""
 
 
+class Unavailable(ArtefactsError):
+    """The data directory is not there."""
+
+
 class Unauthenticated(ArtefactsError):
     """Nobody known asks, for what only somebody known may have."""
 
@@ -194,13 +197,17 @@ class Artefact:
 
     @property
     def version(self) -> str:
-        """The instant at which it was stored, `20261123T014455.123456Z`; sorts by time."""
-        return f"{_second(self.time // 1_000_000)[0]}.{self.time % 1_000_000:06d}Z"
+        return version_of(self.time)
 
     @property
     def modified(self) -> str:
         """The same instant as RFC 3339 writes it, UTC."""
         return f"{_second(self.time // 1_000_000)[1]}.{self.time % 1_000_000:06d}Z"
+
+
+def version_of(time: int) -> str:
+    """What names the version stored at this instant: `20261123T014455.123456Z`; sorts by time."""
+    return f"{_second(time // 1_000_000)[0]}.{time % 1_000_000:06d}Z"
 
 
 def version_time(version: str) -> int:
@@ -285,15 +292,19 @@ class Content:
                  time: int | None) -> None:
         self.size = status.st_size  # bytes
         self.time = _microseconds(status) if time is None else time
-        self._repository, self._directory, self._id = repository, directory, id
-        self._fd, self._status = fd, status
+        self.directory, self.id = directory, id
+        self._repository, self._fd, self._status = repository, fd, status
         self._artefact: Artefact | None = None
+
+    @property
+    def version(self) -> str:
+        return version_of(self.time)
 
     @property
     def artefact(self) -> Artefact:
         """What is known without reading it: the digest may be None."""
         if self._artefact is None:
-            found = self._repository.recall(self._directory, self._id, self._fd, self._status)
+            found = self._repository.recall(self.directory, self.id, self._fd, self._status)
             self._artefact = found if found.time == self.time else replace(found, time=self.time)
         return self._artefact
 
@@ -324,7 +335,7 @@ class Content:
         """`length` bytes from byte `start` on; Damaged where there are fewer."""
         piece = self.read(start, length)
         if len(piece) != length:
-            raise Damaged(f"'{self._id}' became shorter while it was read. Fetch it again.")
+            raise Damaged(f"'{self.id}' became shorter while it was read. Fetch it again.")
         return piece
 
     def sync(self) -> None:
@@ -366,7 +377,7 @@ class Upload:
         self.sealed = False  # whether the staged file is complete and durable
         self._repository = repository
         self._memory, self._read = bytearray(), 0
-        self._fd, self._name = -1, ""
+        self._fd, self._name, self._incoming = -1, "", Descriptor(-1)
         self._sha256, self._hashed = hashlib.sha256(), 0
         self._hashing: Future[None] | None = None
         self._closed = False
@@ -423,7 +434,7 @@ class Upload:
 
     def move(self, folder: int, name: str) -> None:
         """Renames the staged file to `name` in the open folder: the instant of the commit."""
-        os.rename(self._name, name, src_dir_fd=self._repository.own(INCOMING), dst_dir_fd=folder)
+        os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
         self._name = ""
 
     def close(self) -> None:
@@ -431,18 +442,17 @@ class Upload:
         self._closed = True
         if self._hashing is not None:
             self._hashing.exception()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._name:
-            os.unlink(self._name, dir_fd=self._repository.own(INCOMING))
-            self._name = ""
+        fd, self._fd, name, self._name = self._fd, -1, self._name, ""
+        with self._incoming as incoming, Descriptor(fd):
+            if name:
+                with contextlib.suppress(FileNotFoundError):  # somebody swept it
+                    os.unlink(name, dir_fd=incoming)
 
     def _spill(self) -> None:
         """From memory into a staged file."""
         if self._fd < 0:
-            name = self._repository.unique_name()
-            self._fd = self._repository.open_in(INCOMING, name, STAGE)
+            self._incoming, name = Descriptor(self._repository.own(INCOMING)), self._repository.unique_name()
+            self._fd = os.open(name, STAGE, 0o666, dir_fd=self._incoming.fd)
             self._name = name
             _write(self._fd, self._memory)
             self._memory = bytearray()
@@ -485,18 +495,17 @@ class Repository:
         self._token = secrets.token_hex(8)
         self._known: dict[tuple[int, ...], Artefact] = {}
         self._durable_folders: set[tuple[int, int]] = set()
-        self._own: dict[str, int] = {}
-        os.makedirs(data, exist_ok=True)
         self.root = os.path.realpath(data)
+        self._make_root()
         for name in (INCOMING, LOCKS, TRASH):
-            self.own(name)
+            os.close(self.own(name))
         self.sweep()
 
     # -- reading: no lock; one file is opened, and that inode read to its end --
 
     def directories(self) -> list[str]:
         """The names of the directories, sorted."""
-        with os.scandir(self.root) as entries:
+        with Descriptor(self._open_folder(".")) as root, os.scandir(root) as entries:
             return sorted(
                 entry.name for entry in entries
                 if SEGMENT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
@@ -525,7 +534,7 @@ class Repository:
         except Conflict:
             current = None
         if current is not None:
-            if version is None or current.artefact.version == version:
+            if version is None or current.version == version:
                 return current
             current.close()
         if version is None:
@@ -547,7 +556,7 @@ class Repository:
             with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
                 found[name] = (content.digested(), False)  # NotFound: pruned meanwhile
         with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
-            found[content.artefact.version] = (content.digested(), True)
+            found[content.version] = (content.digested(), True)
         if not found:
             raise NotFound(f"'{directory}' has no artefact '{id}', nor versions of it.")
         return [found[version] for version in sorted(found, reverse=True)]
@@ -647,7 +656,7 @@ class Repository:
             kept = self._kept(directory, segments) if keep < ALL else []
             if keep:
                 self._keep(current, segments, current.time)
-                kept = sorted({*kept, current.artefact.version})
+                kept = sorted({*kept, current.version})
             self._unlink(directory, segments)
             self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
 
@@ -674,31 +683,33 @@ class Repository:
     def delete_directory(self, directory: str) -> None:
         """Deletes a directory, its artefacts and their versions, in one instant. NotFound."""
         os.close(self._open_directory(directory))
-        name, trash = self.unique_name(), self.own(TRASH)
-        with self._locked(directory):
-            os.close(self._open_directory(directory))  # a folder, and no symbolic link
-            # now, so that no sweep takes it for what a crash left long ago
-            os.utime(directory, dir_fd=self.own(ROOT), follow_symlinks=False)
-            os.rename(directory, name, src_dir_fd=self.own(ROOT), dst_dir_fd=trash)
-            self.sync(self.own(ROOT))
-        _remove(trash, name)
+        name = self.unique_name()
+        with Descriptor(os.open(self.root, FOLDER)) as root, Descriptor(self.own(TRASH)) as trash:
+            with self._locked(directory):
+                os.close(self._open_directory(directory))  # a folder, and no symbolic link
+                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                self.sync(root)
+            with contextlib.suppress(FileNotFoundError):  # a sweep elsewhere took it for an old one
+                os.utime(name, dir_fd=trash, follow_symlinks=False)
+                _remove(trash, name)
 
     def sweep(self) -> None:
         """Removes what crashes left in `.incoming/` and `.trash/` more than a day ago."""
-        for folder in (self.own(INCOMING), self.own(TRASH)):
-            for name in os.listdir(folder):
-                with contextlib.suppress(FileNotFoundError):  # swept by another process
-                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    if status.st_mtime > time.time() - SWEEP_AFTER:
-                        continue
-                    _remove(folder, name)
+        for own in (INCOMING, TRASH):
+            with Descriptor(self.own(own)) as folder:
+                for name in os.listdir(folder):
+                    with contextlib.suppress(FileNotFoundError):  # swept by another process
+                        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                        if status.st_mtime < time.time() - SWEEP_AFTER:
+                            _remove(folder, name)
 
     # -- the steps of a commit, under the directory's lock --
 
     @contextlib.contextmanager
     def _locked(self, directory: str, wait: bool = True) -> Iterator[Descriptor]:
         """Holds the directory's lock, against threads, processes and hosts alike, until closed."""
-        lock = Descriptor(self.open_in(LOCKS, directory, LOCK))
+        with Descriptor(self.own(LOCKS)) as locks:
+            lock = Descriptor(os.open(directory, LOCK, 0o666, dir_fd=locks))
         with lock as fd:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lock
@@ -722,18 +733,20 @@ class Repository:
             upload.seal(staged)
         if current is not None and keep:
             self._keep(current, segments, staged.time)
-            kept = sorted({*kept, current.artefact.version})  # a crash may have linked it before
+            kept = sorted({*kept, current.version})  # a crash may have linked it before
         try:
             upload.move(folder, segments[-1])
         except IsADirectoryError:  # an empty one, or `_look` would have refused
             _remove_empty(folder, segments[-1])
             upload.move(folder, segments[-1])
-        self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
+        if len(kept) > keep:
+            self.sync(folder)  # or a power cut could undo the rename, and not what follows
+            self._drop(directory, segments, kept[: len(kept) - keep])
         return staged
 
     def _keep(self, current: Content, segments: Sequence[str], time: int) -> None:
         """Links the current file to its version's name, durably."""
-        directory, version = current.artefact.directory, current.artefact.version
+        directory, version = current.directory, current.version
         with (
             Descriptor(self._make_folder(directory, *segments[:-1])) as folder,
             Descriptor(self._make_folder(directory, VERSIONS, *segments)) as kept,
@@ -741,7 +754,7 @@ class Repository:
             try:
                 os.link(segments[-1], version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
             except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
-                with self._open(kept, version, directory, current.artefact.id) as there:
+                with self._open(kept, version, directory, current.id) as there:
                     if there.digested().sha256 != current.digested().sha256:
                         raise Conflict(f"Another file has the name of version '{version}'.") from None
             os.utime(kept, ns=(time * 1000, time * 1000))  # what `_marked` reads
@@ -806,30 +819,13 @@ class Repository:
     # -- files and folders: opened, then looked at; no symbolic link is ever followed --
 
     def own(self, name: str) -> int:
-        """The data directory (ROOT) or a folder of the repository's own in it, made where it is
-        missing. It stays open; who receives it does not close it."""
-        fd = self._own.get(name)
-        if fd is None:
-            if name == ROOT:
-                fd = os.open(self.root, FOLDER)
-            else:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, dir_fd=self.own(ROOT))
-                fd = os.open(name, FOLDER, dir_fd=self.own(ROOT))
-            self._own[name] = fd
-            weakref.finalize(self, os.close, fd)
-        return fd
-
-    def open_in(self, own: str, name: str, flags: int) -> int:
-        """A file or folder in one of these, which its receiver closes. Where somebody removed the
-        repository's folder and made it anew, it is the new one from then on."""
+        """One of the repository's own folders, open, made where it is missing; the caller closes it."""
         try:
-            return os.open(name, flags, 0o666, dir_fd=self.own(own))
+            return self._open_folder(name)
         except FileNotFoundError:
-            if os.fstat(self.own(own)).st_nlink:
-                raise
-        self._own = {}
-        return os.open(name, flags, 0o666, dir_fd=self.own(own))
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(f"{self.root}/{name}")
+            return self._open_folder(name)
 
     def unique_name(self) -> str:
         """A name that no other thread, process or host has for what it stages."""
@@ -843,32 +839,63 @@ class Repository:
             raise NotFound(f"There is no directory '{directory}'. A push makes it.") from None
 
     def _open_folder(self, *names: str) -> int:
-        """The folder, open; the caller closes it."""
-        folder = self.open_in(ROOT, names[0], FOLDER)
+        """The folder, open; the caller closes it. Unavailable: not even the data directory is there."""
+        try:
+            folder = os.open(f"{self.root}/{names[0]}", FOLDER)
+        except FileNotFoundError:
+            self._check_root()
+            raise
         for name in names[1:]:
             with Descriptor(folder):
                 folder = os.open(name, FOLDER, dir_fd=folder)
         return folder
 
+    def _make_root(self) -> None:
+        """Makes the data directory where it is missing, and whatever it is in, durably."""
+        missing, path = [], self.root
+        while not os.path.lexists(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+            with Descriptor(os.open(os.path.dirname(path), FOLDER)) as parent:
+                self.sync(parent)
+
+    def _check_root(self) -> None:
+        try:
+            os.stat(self.root)
+        except FileNotFoundError:
+            raise Unavailable("The data directory is not there. Tell who runs this server.") from None
+
     def _make_folder(self, *names: str) -> int:
         """The folder, open, made where it is missing; the caller closes it. Each folder's name is
         durable before anything is put into it. One that was there is synced once too: who made it
         may have been killed before its own fsync."""
-        folder = os.dup(self.own(ROOT))
+        folder = Descriptor(os.open(self.root, FOLDER))
         for name in names:
-            with Descriptor(folder) as parent:
-                made = False
-                try:
-                    folder = os.open(name, FOLDER, dir_fd=parent)
-                except FileNotFoundError:
-                    os.mkdir(name, dir_fd=parent)
-                    folder, made = os.open(name, FOLDER, dir_fd=parent), True
-                except NotADirectoryError:
-                    raise _in_the_way("/".join(names[1:])) from None
-                identity = (status := os.fstat(folder)).st_dev, status.st_ino
-                if made or identity not in self._durable_folders:
-                    self.sync(parent)
-                    self._durable_folders.add(identity)
+            with folder as parent:
+                folder = self._enter(parent, name, "/".join(names[1:]))
+        return folder.fd
+
+    def _enter(self, parent: int, name: str, id: str) -> Descriptor:
+        """The folder of this name in an open one, made where it is missing, its name durable."""
+        made = False
+        try:
+            folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+        except FileNotFoundError:
+            os.mkdir(name, dir_fd=parent)
+            folder, made = Descriptor(os.open(name, FOLDER, dir_fd=parent)), True
+        except NotADirectoryError:
+            raise _in_the_way(id) from None
+        try:
+            identity = (status := os.fstat(folder.fd)).st_dev, status.st_ino
+            if made or identity not in self._durable_folders:
+                self.sync(parent)
+                self._durable_folders.add(identity)
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     def _look(self, directory: str, path: Sequence[str], id: str = "",
@@ -1980,7 +2007,7 @@ STATUSES: dict[type[ArtefactsError], int] = {
     InvalidName: 400, InvalidRequest: 400, Mismatch: 400, Unauthenticated: 401, Forbidden: 403,
     NotFound: 404, Conflict: 409,
     PreconditionFailed: 412, TooLarge: 413, Unsupported: 415, UnsatisfiableRange: 416,
-    Damaged: 500, OutOfSpace: 507,
+    Damaged: 500, Unavailable: 503, OutOfSpace: 507,
 }
 OS_ERRORS = {
     errno.ENOSPC: (507, "The disk is full. Delete something, or tell who runs this server."),
