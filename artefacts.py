@@ -550,13 +550,14 @@ class Repository:
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
         """All versions, newest first, each with whether it is the current one. NotFound where
         there is none at all. Computes the digests that are not known yet."""
-        segments = check_names(directory, id)
-        found = {}
-        for name in self._kept(directory, segments):
-            with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
-                found[name] = (content.digested(), False)  # NotFound: pruned meanwhile
-        with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
-            found[content.version] = (content.digested(), True)
+        segments, kept = check_names(directory, id), None
+        while kept is None or kept != self._kept(directory, segments):  # else a commit came between
+            found, kept = {}, self._kept(directory, segments)
+            with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
+                found[content.version] = (content.digested(), True)
+            for name in kept:
+                with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
+                    found.setdefault(name, (content.digested(), False))
         if not found:
             raise NotFound(f"'{directory}' has no artefact '{id}', nor versions of it.")
         return [found[version] for version in sorted(found, reverse=True)]

@@ -2843,4 +2843,4 @@ def test_the_readme_has_the_help_word_for_word() -> None:
     command, environment = [sys.executable, str(PROGRAM), "--help"], os.environ | {"COLUMNS": "90"}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     readme = PROGRAM.with_name("README.md").read_text()
-    assert "".join(f"    {line}" if line.strip() else line for line in told.splitlines(keepends=True)) in readme
+    assert "\n".join(f"    {line}" if line else "" for line in told.splitlines()) in readme

@@ -1,0 +1,519 @@
+"""What happens is what one request after the other would do: a sequential model, and histories of many
+clients at two servers on one data directory that are checked against it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import pytest
+from artefacts import ALL, Artefact, version_time
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from support import PATIENCE, Answer, Client, Server, serving, sha256
+
+T = TypeVar("T")
+
+# == The sequential model, of one artefact ========================================================
+
+
+class Stored(NamedTuple):
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class State:
+    """`kept`: the earlier versions, oldest first."""
+
+    current: Stored | None = None
+    kept: tuple[Stored, ...] = ()
+
+    @property
+    def versions(self) -> tuple[Stored, ...]:
+        return self.kept + ((self.current,) if self.current else ())
+
+    def find(self, version: str) -> Stored | None:
+        return next((stored for stored in self.versions if stored.version == version), None)
+
+    def replaced(self, new: Stored | None, keep: int) -> State:
+        """With another current one, or none; what is earlier than the newest `keep` is gone."""
+        return State(new, self.versions[-keep:] if keep else ())
+
+
+@dataclass(frozen=True)
+class Request:
+    """`kind`: PUT, POST, DELETE, GET; restore, erase, fetch (of `version`); at (`version`, as an instant);
+    erase all; versions; clear (deleting the directory), listed (what its listing says of the artefact)."""
+
+    kind: str
+    id: str
+    body: bytes = b""
+    version: str = ""
+    condition: tuple[str, str] | None = None  # a field, and "*" or a digest
+
+    def may(self, current: Stored | None) -> bool:
+        """Whether the precondition holds (RFC 9110 §13.1)."""
+        if self.condition is None:
+            return True
+        field, wanted = self.condition
+        matches = current is not None and wanted in ("*", current.digest)
+        return matches == (field == "If-Match")
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    stored: Stored | None = None
+    rows: tuple[tuple[Stored, bool], ...] = ()  # of ?versions: each with whether it is current
+
+
+def after(state: State, request: Request, got: Result, keep: int) -> State | None:
+    """The state after this request, None where it cannot have got this result in this state. Which name
+    a new version gets is the server's choice: it is later than those that are there."""
+    current = state.current
+
+    def when(*expected: object, then: State = state) -> State | None:
+        return then if (got.status, got.stored, *got.rows)[: len(expected)] == expected else None
+
+    def stores(digest: str, status: int) -> State | None:
+        if current is not None and current.digest == digest:
+            return when(status, current)
+        new = got.stored
+        if got.status != status or new is None or new.digest != digest:
+            return None
+        if any(stored.version >= new.version for stored in state.versions):
+            return None
+        return state.replaced(new, keep)
+
+    if request.kind == "PUT":
+        return stores(sha256(request.body), 200 if current else 201) if request.may(current) else when(412)
+    if request.kind == "POST":
+        if current is not None:
+            return when(409)
+        return stores(sha256(request.body), 201) if request.may(current) else when(412)
+    if request.kind == "DELETE":
+        if current is None:
+            return when(404)
+        return when(204, then=state.replaced(None, keep)) if request.may(current) else when(412)
+    if request.kind == "restore":
+        version = state.find(request.version)
+        if version is None:
+            return when(404)
+        return stores(version.digest, 201) if request.may(current) else when(412)
+    if request.kind == "erase":
+        if state.find(request.version) is None:
+            return when(404)
+        if current is not None and current.version == request.version:
+            return when(409)
+        kept = tuple(stored for stored in state.kept if stored.version != request.version)
+        return when(204, then=replace(state, kept=kept))
+    if request.kind == "erase all":
+        if not state.versions:
+            return when(404)
+        return when(204, then=State()) if request.may(current) else when(412)
+    if request.kind == "clear":
+        return when(404) if got.status == 404 and not state.versions else when(204, then=State())
+    if request.kind == "versions":
+        rows = tuple((stored, stored == current) for stored in reversed(state.versions))
+        return state if got == Result(200 if rows else 404, None, rows) else None
+    found = current  # of GET, and of listed
+    if request.kind == "fetch":
+        found = state.find(request.version)
+    elif request.kind == "at":
+        found = max((stored for stored in state.versions if stored.version <= request.version), default=None)
+    return when(200, found) if found else when(404)
+
+
+# == Requests over HTTP ===========================================================================
+
+
+def perform(client: Client, directory: str, request: Request) -> Result:
+    """Sends it, and checks of every body that its ETag is its digest."""
+    version = request.version
+    query = {
+        "restore": f"?restore={version}", "erase": f"?version={version}", "erase all": "?versions",
+        "fetch": f"?version={version}", "versions": "?versions", "at": f"?at={instant(version)}",
+    }.get(request.kind, "")
+    method = {"restore": "POST", "erase": "DELETE", "erase all": "DELETE"}.get(request.kind, request.kind)
+    method = method if method.isupper() else "GET"
+    fields = {}
+    if request.condition is not None:
+        field, wanted = request.condition
+        fields = {field: "*" if wanted == "*" else f'"{wanted}"'}
+    body = request.body if request.kind in ("PUT", "POST") else None
+    answer = client.ask(method, f"{directory}/{request.id}{query}", body, fields)
+    if request.kind == "versions" and answer.status == 200:
+        rows = ((Stored(row["version"], row["sha256"]), row["current"]) for row in answer.json["versions"])
+        return Result(200, None, tuple(rows))
+    return Result(answer.status, stored_of(answer) if answer.status in (200, 201) else None)
+
+
+def stored_of(answer: Answer) -> Stored:
+    """What an answer says it is of."""
+    etag, version = answer.fields["ETag"], answer.fields["Artefact-Version"]
+    if "Repr-Digest" in answer.fields:
+        assert etag == f'"{sha256(answer.body)}"', "a torn or mixed body"
+    else:
+        assert (answer.json["version"], f'"{answer.json["sha256"]}"') == (version, etag)
+    return Stored(version, etag.strip('"'))
+
+
+def instant(version: str) -> str:
+    return Artefact("", "", 0, version_time(version), "", None).modified if version else ""
+
+
+def shifted(version: str, by: int) -> str:
+    """The version's name, some microseconds later."""
+    return Artefact("", "", 0, version_time(version) + by, "", None).version
+
+
+def listed(client: Client, directory: str) -> dict[str, Stored] | None:
+    answer = client.ask("GET", directory)
+    if answer.status == 404:
+        return None
+    assert answer.status == 200
+    return {row["id"]: Stored(row["version"], row["sha256"]) for row in answer.json["artefacts"]}
+
+
+@pytest.fixture(scope="module", params=["0", "2", "all"])
+def keep(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def servers(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """Two on one data directory."""
+    data = tmp_path_factory.mktemp("data")
+    with serving(data, "--keep-versions", keep) as one, serving(data, "--keep-versions", keep) as other:
+        yield one, other
+
+
+# == One request after the other ==================================================================
+
+IDS = ["x", "lib/x", "lib/y.txt"]
+BODIES = [b"", b"one", b"two", b"large" * 30_000, b"larger" * 60_000]
+CONDITIONS = [None, None, None, *itertools.product(("If-Match", "If-None-Match"), ("*", "current", "other"))]
+numbers = itertools.count()
+
+
+class OneByOne(RuleBasedStateMachine):
+    """Every answer, whichever of the two servers gives it, is the model's."""
+
+    clients: tuple[Client, Client]
+    keep: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory, self.exists = f"directory{next(numbers)}", False
+        self.states = dict.fromkeys(IDS, State())
+        self.touched: set[str] = set()
+        self.seen: dict[str, list[str]] = defaultdict(lambda: ["20200101T000000.000000Z"])
+
+    def check(self, server: int, request: Request) -> None:
+        state = self.states[request.id]
+        if request.condition is not None and request.condition[1] != "*":
+            digest = state.current.digest if state.current else "0" * 64
+            wanted = digest if request.condition[1] == "current" else sha256(b"other")
+            request = replace(request, condition=(request.condition[0], wanted))
+        got = perform(self.clients[server], self.directory, request)
+        then = after(state, request, got, self.keep)
+        assert then is not None, f"{request} in {state} got {got}"
+        self.states[request.id] = then
+        self.touched.add(request.id)
+        self.exists |= bool(then.current)
+        if got.stored and got.stored.version not in self.seen[request.id]:
+            self.seen[request.id].append(got.stored.version)
+
+    server = st.integers(0, 1)
+    id = st.sampled_from(IDS)
+    condition = st.sampled_from(CONDITIONS)
+    nth = st.integers(0, 9)
+
+    @rule(server=server, id=id, body=st.sampled_from(BODIES))
+    def put(self, server: int, id: str, body: bytes) -> None:
+        self.check(server, Request("PUT", id, body))
+
+    @rule(server=server, kind=st.sampled_from(["PUT", "POST"]), id=id, body=st.sampled_from(BODIES),
+          condition=condition)
+    def push(self, server: int, kind: str, id: str, body: bytes, condition: tuple[str, str] | None) -> None:
+        self.check(server, Request(kind, id, body, condition=condition))
+
+    @rule(server=server, kind=st.sampled_from(["DELETE", "DELETE", "erase all"]), id=id, condition=condition)
+    def delete(self, server: int, kind: str, id: str, condition: tuple[str, str] | None) -> None:
+        self.check(server, Request(kind, id, condition=condition))
+
+    @rule(server=server, id=id, nth=nth, condition=condition)
+    def restore(self, server: int, id: str, nth: int, condition: tuple[str, str] | None) -> None:
+        self.check(server, Request("restore", id, version=self.version(id, nth), condition=condition))
+
+    @rule(server=server, kind=st.sampled_from(["erase", "fetch", "at"]), id=id, nth=nth,
+          by=st.integers(-1, 1))
+    def one_version(self, server: int, kind: str, id: str, nth: int, by: int) -> None:
+        self.check(server, Request(kind, id, version=shifted(self.version(id, nth), by * (kind == "at"))))
+
+    @rule(server=server, really=st.integers(0, 4))
+    def delete_directory(self, server: int, really: int) -> None:
+        if really == 4:
+            status = self.clients[server].ask("DELETE", self.directory).status
+            assert status == (204 if self.exists else 404)
+            self.exists, self.states, self.touched = False, dict.fromkeys(IDS, State()), set(IDS)
+
+    @rule(server=server, limit=st.integers(1, 3), prefix=st.sampled_from(["", "l", "lib/", "x", "z"]))
+    def list_in_pages(self, server: int, limit: int, prefix: str) -> None:
+        expected = [id for id in sorted(IDS) if id.startswith(prefix) and self.states[id].current]
+        found: list[str] = []
+        path = f"{self.directory}?limit={limit}&prefix={prefix}"
+        while path:
+            answer = self.clients[server].ask("GET", path)
+            assert answer.status == (200 if self.exists else 404)
+            page = [row["id"] for row in answer.json.get("artefacts", [])]
+            found += page
+            path = answer.json.get("next", "").removeprefix("/artefacts/")
+            assert len(page) == limit or not path
+        assert found == expected
+
+    @invariant()
+    def both_tell_the_state(self) -> None:
+        touched = sorted(self.touched)
+        for server, client in enumerate(self.clients):
+            expected = {id: state.current for id, state in self.states.items() if state.current}
+            assert listed(client, self.directory) == (expected if self.exists else None)
+            for id in touched:
+                self.check(server, Request("GET", id))
+                self.check(server, Request("versions", id))
+        self.touched.clear()
+
+    def version(self, id: str, nth: int) -> str:
+        """One that there was, or, rarely, none."""
+        return self.seen[id][-1 - nth % len(self.seen[id])]
+
+
+def test_one_request_after_the_other(servers: tuple[Server, Server], keep: str) -> None:
+    with servers[0].client() as one, servers[1].client() as other:
+        machine = type("Machine", (OneByOne,), {"clients": (one, other), "keep": number_of(keep)})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(max_examples=40, stateful_step_count=30, deadline=None, database=None,
+                              print_blob=True, suppress_health_check=list(HealthCheck)),
+        )
+
+
+def number_of(keep: str) -> int:
+    return ALL if keep == "all" else int(keep)
+
+
+# == Many at once =================================================================================
+
+
+class Event(NamedTuple):
+    """A request and its result; it took effect at one instant between the two times (ns)."""
+
+    start: int
+    end: int
+    request: Request
+    result: Result
+
+    def __str__(self) -> str:
+        request, result, times = self.request, self.result, f"{self.start / 1e6:.3f}-{self.end / 1e6:.3f} ms"
+        sent = f"{sha256(request.body)[:8]} {request.version} {request.condition or ''}"
+        return f"{times} {request.kind} {request.id} {sent} -> {result.status} {result.stored or result.rows}"
+
+    def prunes(self) -> bool:
+        return self.result.status < 300 and self.request.kind in ("PUT", "POST", "DELETE", "restore")
+
+
+def unexplained(history: list[Event], keep: int) -> str:
+    """Looks for an order in which the model gives these results, each request at an instant between its
+    start and its end (Wing and Gong; what was tried is remembered, after Lowe). Nothing if there is
+    one; else a state that can be reached, and what must come next and cannot.
+
+    What a commit prunes goes at an instant of its own, later than the commit's but before its answer:
+    readers take no lock, and may find it for so long."""
+    events: list[tuple[Event, int]] = []  # with the place of the commit, for its pruning, else -1
+    for event in sorted(history):
+        events.append((event, -1))
+        if 0 < keep < ALL and event.prunes():
+            events.append((event, len(events) - 1))
+    everything = (1 << len(events)) - 1
+    tried = {(0, State())}
+    stack = [(0, State())]  # which events have taken effect, and the state then
+    best = 0, State()
+    while stack:
+        done, state = stack.pop()
+        if done == everything:
+            return ""
+        if done.bit_count() > best[0].bit_count():
+            best = done, state
+        ends = 1 << 63
+        for place in range((~done & (done + 1)).bit_length() - 1, len(events)):
+            event, commit = events[place]
+            if done >> place & 1:
+                continue
+            if event.start > ends:  # one that is not yet done had ended before this one began
+                break
+            ends = min(ends, event.end)
+            if commit < 0:
+                then = after(state, event.request, event.result, ALL if keep else 0)
+            else:
+                then = replace(state, kept=state.kept[-keep:]) if done >> commit & 1 else None
+            if then is not None and (step := (done | 1 << place, then)) not in tried:
+                tried.add(step)
+                stack.append(step)
+    pending = [str(event) for place, (event, _) in enumerate(events) if not best[0] >> place & 1]
+    return "\n".join([str(best[1]), *pending[:9]])
+
+
+ONE, TWO = (Stored(f"2026010{day}T000000.000000Z", sha256(b"%d" % day)) for day in (1, 2))
+ONE_PUT = Event(0, 1, Request("PUT", "x", b"1"), Result(201, ONE))
+TWO_PUT = Event(3, 6, Request("PUT", "x", b"2", condition=("If-Match", ONE.digest)), Result(200, TWO))
+
+
+@pytest.mark.parametrize(
+    ("more", "explained"),
+    [
+        (Event(4, 5, Request("GET", "x"), Result(200, ONE)), True),
+        (Event(4, 5, Request("GET", "x"), Result(200, TWO)), True),
+        (Event(7, 8, Request("GET", "x"), Result(200, ONE)), False),  # it was replaced
+        (Event(4, 5, Request("GET", "x"), Result(404)), False),  # it was never missing
+        (Event(4, 5, Request("GET", "x"), Result(200, Stored(TWO.version, ONE.digest))), False),
+        (Event(4, 5, TWO_PUT.request, Result(412)), True),
+        (Event(4, 5, TWO_PUT.request, Result(200, TWO)), False),  # two cannot win
+        (Event(4, 5, Request("DELETE", "x"), Result(204)), True),
+        (Event(2, 2, Request("DELETE", "x"), Result(204)), False),  # then there was nothing to match
+        (Event(4, 9, Request("versions", "x"), Result(200, None, ((TWO, True), (ONE, False)))), True),
+        (Event(4, 9, Request("versions", "x"), Result(200, None, ((TWO, True),))), False),
+    ],
+)
+def test_the_search_itself(more: Event, explained: bool) -> None:
+    assert (unexplained([ONE_PUT, TWO_PUT, more], 9) == "") == explained
+
+
+CLIENTS, REQUESTS = 6, 50
+
+
+def at_random(client: Client, directory: str, name: str, chance: random.Random) -> Iterator[Event]:
+    """What one client does, on the strength of what it saw last."""
+    seen: dict[str, list[Stored]] = defaultdict(lambda: [Stored("20200101T000000.000000Z", "0" * 64)])
+    kinds = ["PUT"] * 5 + ["GET"] * 3 + ["POST", "DELETE", "restore", "versions", "listing", "fetch", "erase"]
+    for number in range(REQUESTS):
+        kind, id = chance.choice(kinds), chance.choice(IDS[:2])
+        last = seen[id][-1].digest
+        condition = chance.choice([None, ("If-Match", last), ("If-None-Match", chance.choice(["*", last]))])
+        if kind in ("POST", "GET", "versions", "fetch", "erase") or (kind == "DELETE" and number % 2):
+            condition = None
+        body = f"{name}-{number} ".encode() * chance.choice([1, 1, 20_000, 60_000])
+        start = time.monotonic_ns()
+        if kind == "listing":
+            rows = listed(client, directory) or {}
+            end = time.monotonic_ns()
+            for id in IDS[:2]:
+                found = rows.get(id)
+                yield Event(start, end, Request("listed", id), Result(200 if found else 404, found))
+            continue
+        if kind == "erase" and number % 3 == 0:
+            result = Result(client.ask("DELETE", directory).status)
+            end = time.monotonic_ns()
+            yield from (Event(start, end, Request("clear", id), result) for id in IDS[:2])
+            continue
+        request = Request(kind, id, body, chance.choice(seen[id][-4:]).version, condition)
+        result = perform(client, directory, request)
+        yield Event(start, time.monotonic_ns(), request, result)
+        if result.stored:
+            seen[id].append(result.stored)
+
+
+def at_once(servers: tuple[Server, Server], work: Callable[[Client, int], T]) -> list[T]:
+    """What each of CLIENTS clients comes to, half of them at each server, all beginning together."""
+
+    def run(number: int) -> T:
+        with servers[number % 2].client() as client:
+            together.wait(PATIENCE)
+            return work(client, number)
+
+    together = threading.Barrier(CLIENTS)
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        return list(threads.map(run, range(CLIENTS)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_at_once(servers: tuple[Server, Server], keep: str, seed: int) -> None:
+    """There is an order of all requests, in keeping with their times, in which each result is right."""
+
+    def work(client: Client, number: int) -> list[Event]:
+        return list(at_random(client, directory, f"{seed}-{number}", random.Random(f"{seed} {number}")))
+
+    directory = f"many{seed}"
+    events = list(itertools.chain(*at_once(servers, work)))
+    with servers[0].client() as one, servers[1].client() as other:
+        for client, id, kind in itertools.product((one, other), IDS[:2], ("GET", "versions")):
+            request, start = Request(kind, id), time.monotonic_ns()
+            events.append(Event(start, time.monotonic_ns(), request, perform(client, directory, request)))
+    for id in IDS[:2]:
+        history = [event for event in events if event.request.id == id]
+        told = unexplained(history, number_of(keep))
+        assert not told, told
+        contents = defaultdict(set)
+        for stored in {event.result.stored for event in history if event.result.stored}:
+            contents[stored.version].add(stored.digest)
+        assert all(len(digests) == 1 for digests in contents.values()), "a version's name was used twice"
+
+
+def test_increments_are_not_lost(servers: tuple[Server, Server], keep: str) -> None:
+    """A counter, fetched, increased and put back where it is still what it was."""
+
+    def work(client: Client, number: int) -> int:
+        for _ in range(increments):
+            while True:
+                got = client.ask("GET", "counters/c")
+                body = str(int(got.body) + 1).encode()
+                answer = client.ask("PUT", "counters/c", body, {"If-Match": got.fields["ETag"]})
+                if answer.status == 200:
+                    break
+                assert answer.status == 412
+        return increments
+
+    increments = 12
+    assert servers[0].ask("PUT", "counters/c", b"0").status == 201
+    total = sum(at_once(servers, work))
+    assert total == CLIENTS * increments
+    for server in servers:
+        assert int(server.ask("GET", "counters/c").body) == total
+        digests = [row["sha256"] for row in server.ask("GET", "counters/c?versions").json["versions"]]
+        assert digests == [sha256(str(n).encode()) for n in range(total, -1, -1)][: number_of(keep) + 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "winner", "losers"),
+    [
+        ("PUT", "If-None-Match", 201, {412}), ("POST", "", 201, {409}), ("PUT", "If-Match", 200, {412}),
+        ("DELETE", "If-Match", 204, {404, 412}), ("restore", "If-Match", 201, {412}),
+    ],
+)
+def test_of_many_exactly_one_wins(servers: tuple[Server, Server], keep: str, method: str, field: str,
+                                  winner: int, losers: set[int]) -> None:
+    def work(client: Client, number: int) -> int:
+        fields = {field: "*" if field == "If-None-Match" else etag} if field else {}
+        if method == "restore":
+            return client.ask("POST", f"{path}?restore={version}", None, fields).status
+        return client.ask(method, path, None if method == "DELETE" else b"%d" % number, fields).status
+
+    for number in range(8):
+        path = f"winners/{method}-{field}-{number}"
+        if field != "If-None-Match" and method != "POST":
+            version = servers[0].ask("PUT", path, b"first").fields["Artefact-Version"]
+            etag = servers[1].ask("PUT", path, b"second").fields["ETag"]
+        statuses = at_once(servers, work)
+        if method == "restore" and keep == "0":
+            assert set(statuses) == {404}  # it is gone
+            continue
+        assert statuses.count(winner) == 1 and set(statuses) - {winner} <= losers, statuses
