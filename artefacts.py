@@ -1687,13 +1687,11 @@ def tar(repository: Repository, artefacts: Iterable[Artefact]) -> Iterator[bytes
 
 def render_json(resp: falcon.Response, text: str, type: str = falcon.MEDIA_JSON) -> None:
     resp.content_type = type
-    resp.set_header("Cache-Control", "no-cache")
     resp.data = text.encode() + b"\n"
 
 
 def render_page(resp: falcon.Response, text: str) -> None:
     resp.content_type = "text/html; charset=utf-8"
-    resp.set_headers({"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"})
     resp.set_header("Content-Security-Policy", page_policy())
     resp.data = text.encode()
 
@@ -2137,11 +2135,13 @@ class Gate:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.fields = {"Cache-Control": settings.caching("no-cache"), "X-Content-Type-Options": "nosniff"}
 
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: object,
                          params: dict[str, Any]) -> None:
         reading = req.method in ("GET", "HEAD", "OPTIONS", "PROPFIND")
         self.check_site(req.env, reading)
+        resp.set_headers(self.fields)
         who = self.settings.identify(req.env.get("HTTP_AUTHORIZATION"))
         req.env["artefacts.who"] = who
         directory = params.get("directory")

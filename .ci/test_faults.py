@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import artefacts as a
 import pytest
-
 from support import PATIENCE, Answer, Client, serving, sha256, until
+
+import artefacts as a
 
 KEEP = 2
 OWN = (".incoming", ".locks", ".trash")
@@ -44,7 +44,8 @@ CHANGING = [
     "utimensat", "fsetxattr", "fchmod", "flock",
 ]
 READING = [
-    "close", "read", "pread64", "getdents64", "fgetxattr", "fstat", "newfstatat", "statx", "statfs", "fcntl", "dup",
+    "close", "read", "pread64", "getdents64", "fgetxattr", "fstat", "newfstatat", "statx", "statfs", "fcntl",
+    "dup",
 ]
 # Where they stand for what was allocated late, these tell that there is no room.
 ALLOCATING = set(CHANGING) - {"flock", "unlink", "unlinkat", "rmdir"}
@@ -616,7 +617,7 @@ def errors_of(at: int, call: Call) -> list[int]:
 )
 def test_a_fault_at_every_call(before: Path, subtests: pytest.Subtests,
                                operation: str) -> None:
-    """The old state stands, or, once it is current, the new one; nothing is left; the next request is fine."""
+    """The old state stands, or, once it is current, the new; nothing is left; the next request is fine."""
     def go_on(child: Child) -> Counter[str]:
         """What it has open after more work, which goes well."""
         child.proceed()
@@ -760,7 +761,8 @@ def refused(answer: Answer, statuses: tuple[int, ...], path: Path) -> None:
     """That it is a problem of ours, told clearly, without telling where our disk has what."""
     assert answer.status in statuses, answer
     assert answer.fields["Content-Type"] == "application/problem+json"
-    assert answer.json["status"] == answer.status and answer.json["title"] and answer.json["detail"].endswith(".")
+    assert answer.json["status"] == answer.status
+    assert answer.json["title"] and answer.json["detail"].endswith(".")
     assert str(path) not in answer.body.decode()
 
 

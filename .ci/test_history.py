@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import pytest
-from artefacts import ALL, Artefact, version_time
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-
 from support import PATIENCE, Answer, Client, Server, serving, sha256
+
+from artefacts import ALL, Artefact, version_time
 
 T = TypeVar("T")
 
