@@ -641,12 +641,17 @@ class Repository:
                 check: Check = no_check) -> tuple[Artefact, bool]:
         """Makes an earlier version the current one, as a new version with its bytes and type;
         otherwise as `push`. NotFound; Damaged where its bytes are not those that were stored."""
+
+        def check_both(current: Content | None) -> None:
+            self.fetch(directory, id, version).close()  # NotFound where it was erased meanwhile
+            check(current)
+
         with self.fetch(directory, id, version) as content, self.stage() as upload:
             for start in range(0, content.size, PIECE):
                 upload.write(content.read_whole(start, min(PIECE, content.size - start)))
             if content.artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
-            return self.push(upload, directory, id, type=content.artefact.type, check=check)
+            return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
 
     def delete(self, directory: str, id: str, *, check: Check = no_check) -> None:
         """Deletes the current artefact; where versions are kept, it becomes one. NotFound."""

@@ -699,7 +699,7 @@ def test_a_fault_at_every_close(before: Path, subtests: pytest.Subtests, operati
                 closes, usual = number, Counter(opened)
             assert Counter(opened) == usual
         failing += 1
-    assert closes > 1
+    assert closes
 
 
 def test_a_fault_while_hashing_refuses_the_push(before: Path) -> None:
