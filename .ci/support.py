@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import artefacts
 
@@ -57,6 +57,10 @@ class Client:
 class Server(NamedTuple):
     process: subprocess.Popen[str]
     port: int
+    told: IO[str]  # its standard error
+
+    def log(self) -> str:
+        return os.pread(self.told.fileno(), 1 << 26, 0).decode()  # and not by the position it writes at
 
     def client(self) -> Client:
         return Client(self.port)
@@ -87,7 +91,7 @@ def serving(data: Path, *options: str, tracebacks: bool = False) -> Iterator[Ser
             assert process.stdout is not None
             url = process.stdout.readline()
             if url:
-                yield Server(process, int(url.split(":")[2].partition("/")[0]))
+                yield Server(process, int(url.split(":")[2].partition("/")[0]), told)
                 process.send_signal(signal.SIGTERM)
                 process.wait(PATIENCE)
         finally:
