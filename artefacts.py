@@ -2044,7 +2044,7 @@ def serialize_problem(req: falcon.Request, resp: falcon.Response, error: falcon.
     status = falcon.code_to_http_status(error.status_code)
     resp.data = problem(status, error.description or DETAILS.get(error.status_code, status))
     resp.content_type = "application/problem+json"
-    resp.set_header("Cache-Control", "no-store")
+    resp.set_headers({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
 
 
 def answer_to(error: Exception) -> tuple[int, str]:

@@ -2836,6 +2836,39 @@ def test_stored_active_content_can_run_nothing(exposed: Program) -> None:
             assert {"sandbox", "default-src 'none'"} <= policy and "script" not in "".join(policy)
 
 
+# == Damage =======================================================================================
+
+
+def test_verify_tells_damage_from_change(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = a.Repository(data, keep_versions=1)
+    for content in b"one", b"two":
+        push(repository, "kept/x", content)
+    for name in "whole", "edited":
+        push(repository, name, b"as it was stored")
+    verify = ["--data", str(data), "--verify", "--no-fsync"]
+    assert a.main(verify) == 0
+    assert capsys.readouterr().out == "4 whole, 0 new, 0 changed, 0 damaged\n"
+
+    (data / "app/edited").write_bytes(b"edited in place")
+    (data / "app/dropped").write_bytes(b"dropped in by hand")
+    (kept,) = (data / "app/.versions/kept/x").iterdir()
+    before = kept.stat()
+    kept.write_bytes(b"0ne")  # a bit flipped: the same size, and the time of before
+    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert a.main(verify) == 1
+    *found, counts = capsys.readouterr().out.splitlines()
+    assert sorted(line.rpartition(" ")[0] for line in found) == [
+        "changed: app/edited", "damaged: app/kept/x", "new: app/dropped",
+    ]  # fmt: skip
+    assert any(line.endswith(kept.name) for line in found)
+    assert counts == "2 whole, 1 new, 1 changed, 1 damaged"
+
+    with pytest.raises(a.Damaged):  # what is damaged is not made current
+        repository.restore("app", "kept/x", kept.name)
+    assert a.main(verify) == 1  # and the digest that tells it stays
+    assert capsys.readouterr().out.splitlines()[-1] == "4 whole, 0 new, 0 changed, 1 damaged"
+
+
 # == The README ===================================================================================
 
 
