@@ -530,10 +530,7 @@ class Repository:
         """The artefact, open: the current one, or the version named. NotFound where it is not
         there. The caller closes it."""
         segments = check_names(directory, id)
-        try:
-            current = self._look(directory, segments)
-        except Conflict:
-            current = None
+        current = self._current(directory, segments)
         if current is not None:
             if version is None or current.version == version:
                 return current
@@ -682,9 +679,10 @@ class Repository:
         self.versions(directory, id)
         segments = check_names(directory, id)
         with self._locked(directory):
-            with contextlib.suppress(NotFound), self.fetch(directory, id) as current:
+            with self._current(directory, segments) or contextlib.nullcontext() as current:
                 check(current)
-                self._unlink(directory, segments)
+                if current is not None:
+                    self._unlink(directory, segments)
             self._drop(directory, segments, self._kept(directory, segments))
 
     def delete_directory(self, directory: str) -> None:
@@ -919,6 +917,13 @@ class Repository:
             if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise _in_the_way(id) from None
             raise
+
+    def _current(self, directory: str, segments: Sequence[str]) -> Content | None:
+        """What a GET finds, open, or None, whatever else may bear the name."""
+        try:
+            return self._look(directory, segments)
+        except Conflict:
+            return None
 
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
         """One file of an open folder; FileNotFoundError also where it is an empty folder."""

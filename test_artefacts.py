@@ -267,6 +267,19 @@ def test_delete_restore_erase(data: Path, keeping: a.Repository) -> None:
             missing("app", "d/x")
 
 
+def test_erasing_what_was_deleted_heeds_the_check(data: Path, keeping: a.Repository) -> None:
+    def refuse(current: a.Content | None) -> None:
+        assert current is None
+        raise a.PreconditionFailed("")
+
+    push(keeping, "x", b"one")
+    keeping.delete("app", "x")
+    before = tree(data)
+    with pytest.raises(a.PreconditionFailed):
+        keeping.erase_all("app", "x", check=refuse)
+    assert tree(data) == before and list(before.values()) == [b"one"]
+
+
 def test_a_damaged_version_is_not_restored(data: Path, keeping: a.Repository) -> None:
     needs_attributes(data)
     one = push(keeping, "x", b"one")

@@ -303,7 +303,7 @@ def test_one_request_after_the_other(servers: tuple[Server, Server], keep: str) 
         machine = type("Machine", (OneByOne,), {"clients": (one, other), "keep": number_of(keep)})
         run_state_machine_as_test(
             machine,
-            settings=settings(derandomize=True, max_examples=40, stateful_step_count=30, deadline=None,
+            settings=settings(max_examples=40, stateful_step_count=30, deadline=None,
                               database=None, print_blob=True, suppress_health_check=list(HealthCheck)),
         )
 
