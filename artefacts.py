@@ -66,7 +66,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import falcon
@@ -91,6 +91,7 @@ HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for th
 SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
 MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
 KNOWN = 32_768  # artefacts remembered in memory, some 20 MB
+STALE = 20  # times that a name is looked up again, should its file be another one each time
 TICK = 20_000_000  # ns: the clock of a file's times is no coarser
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
@@ -254,6 +255,9 @@ def type_of(id: str, announced: str | None = None) -> str:
 
 # == The repository ===============================================================================
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block us
 STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -263,6 +267,23 @@ DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>": of w
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
 # What a file system says that has no attributes, or none for us; the memory takes their place.
 NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
+
+
+def looking_again(look: Callable[P, T]) -> Callable[P, T]:
+    """Calls it again where it finds a stale handle: what another host of a shared file system (NFS,
+    GlusterFS) replaced between the lookup of its name and its use has to be looked up anew."""
+
+    @functools.wraps(look)
+    def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(STALE):
+            try:
+                return look(*args, **kwargs)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+        return look(*args, **kwargs)
+
+    return again
 
 
 class Descriptor:
@@ -289,25 +310,9 @@ class Content:
     """One open file, which stays what it is whatever happens to its name, and what is known of it.
     Whoever receives one closes it (or uses `with`)."""
 
-    def __init__(self, repository: Repository, directory: str, id: str, fd: int, status: os.stat_result,
-                 time: int | None) -> None:
-        self.size = status.st_size  # bytes
-        self.time = _microseconds(status) if time is None else time
-        self.directory, self.id = directory, id
+    def __init__(self, repository: Repository, artefact: Artefact, fd: int, status: os.stat_result) -> None:
+        self.artefact = artefact  # what is known without reading it: the digest may be None
         self._repository, self._fd, self._status = repository, fd, status
-        self._artefact: Artefact | None = None
-
-    @property
-    def version(self) -> str:
-        return version_of(self.time)
-
-    @property
-    def artefact(self) -> Artefact:
-        """What is known without reading it: the digest may be None."""
-        if self._artefact is None:
-            found = self._repository.recall(self.directory, self.id, self._fd, self._status)
-            self._artefact = found if found.time == self.time else replace(found, time=self.time)
-        return self._artefact
 
     def is_stamped(self) -> bool:
         """Whether a digest was ever stored with the file, be it of other bytes."""
@@ -322,7 +327,7 @@ class Content:
         if artefact.sha256 is None:
             # A change within one tick of the file system's clock would bear the same time.
             time.sleep(min(max(0, self._status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            self._artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
+            self.artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
             after = os.fstat(self._fd)
             if (after.st_size, after.st_mtime_ns) == (self._status.st_size, self._status.st_mtime_ns):
                 self._repository.remember(self._fd, artefact)
@@ -332,12 +337,13 @@ class Content:
         """At most `length` bytes from byte `start` on."""
         return os.pread(self._fd, length, start)
 
-    def read_whole(self, start: int, length: int) -> bytes:
-        """`length` bytes from byte `start` on; Damaged where there are fewer."""
-        piece = self.read(start, length)
-        if len(piece) != length:
-            raise Damaged(f"'{self.id}' became shorter while it was read. Fetch it again.")
-        return piece
+    def pieces(self) -> Iterator[bytes]:
+        """The whole; Damaged where less is there."""
+        for start in range(0, size := self.artefact.size, PIECE):
+            piece = self.read(start, length := min(PIECE, size - start))
+            if len(piece) != length:
+                raise Damaged(f"'{self.artefact.id}' became shorter while it was read. Fetch it again.")
+            yield piece
 
     def sync(self) -> None:
         self._repository.sync(self._fd)
@@ -532,7 +538,7 @@ class Repository:
         segments = check_names(directory, id)
         current = self._current(directory, segments)
         if current is not None:
-            if version is None or current.version == version:
+            if version is None or current.artefact.version == version:
                 return current
             current.close()
         if version is None:
@@ -552,7 +558,7 @@ class Repository:
         while kept is None or kept != self._kept(directory, segments):  # else a commit came between
             found, kept = {}, self._kept(directory, segments)
             with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
-                found[content.version] = (content.digested(), True)
+                found[content.artefact.version] = (content.digested(), True)
             for name in kept:
                 with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
                     found.setdefault(name, (content.digested(), False))
@@ -645,8 +651,8 @@ class Repository:
             check(current)
 
         with self.fetch(directory, id, version) as content, self.stage() as upload:
-            for start in range(0, content.size, PIECE):
-                upload.write(content.read_whole(start, min(PIECE, content.size - start)))
+            for piece in content.pieces():
+                upload.write(piece)
             if content.artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
             return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
@@ -659,8 +665,8 @@ class Repository:
             check(current)
             kept = self._kept(directory, segments) if keep < ALL else []
             if keep:
-                self._keep(current, segments, current.time)
-                kept = sorted({*kept, current.version})
+                self._keep(current, segments, current.artefact.time)
+                kept = sorted({*kept, current.artefact.version})
             self._unlink(directory, segments)
             self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
 
@@ -729,7 +735,7 @@ class Repository:
         directory, keep = staged.directory, self.keeps(staged.directory)
         kept = self._kept(directory, segments) if keep < ALL else []
         newest = max(
-            -1 if current is None else current.time,
+            -1 if current is None else current.artefact.time,
             version_time(kept[-1]) if kept else -1,
             self._marked(directory, segments) if keep == ALL else -1,
         )
@@ -738,7 +744,7 @@ class Repository:
             upload.seal(staged)
         if current is not None and keep:
             self._keep(current, segments, staged.time)
-            kept = sorted({*kept, current.version})  # a crash may have linked it before
+            kept = sorted({*kept, current.artefact.version})  # a crash may have linked it before
         try:
             upload.move(folder, segments[-1])
         except IsADirectoryError:  # an empty one, or `_look` would have refused
@@ -751,7 +757,7 @@ class Repository:
 
     def _keep(self, current: Content, segments: Sequence[str], time: int) -> None:
         """Links the current file to its version's name, durably."""
-        directory, version = current.directory, current.version
+        directory, version = current.artefact.directory, current.artefact.version
         with (
             Descriptor(self._make_folder(directory, *segments[:-1])) as folder,
             Descriptor(self._make_folder(directory, VERSIONS, *segments)) as kept,
@@ -759,12 +765,13 @@ class Repository:
             try:
                 os.link(segments[-1], version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
             except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
-                with self._open(kept, version, directory, current.id) as there:
+                with self._open(kept, version, directory, current.artefact.id) as there:
                     if there.digested().sha256 != current.digested().sha256:
                         raise Conflict(f"Another file has the name of version '{version}'.") from None
             os.utime(kept, ns=(time * 1000, time * 1000))  # what `_marked` reads
             self.sync(kept)
 
+    @looking_again
     def _marked(self, directory: str, segments: Sequence[str]) -> int:
         """The time (µs) of the newest version, -1 if none was kept. It is the folder's own time, so
         that it is known without reading thousands of names."""
@@ -774,6 +781,7 @@ class Repository:
         except FileNotFoundError:
             return -1
 
+    @looking_again
     def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
         """The names of the kept versions, oldest first."""
         try:
@@ -836,6 +844,7 @@ class Repository:
         """A name that no other thread, process or host has for what it stages."""
         return f"{self._token}-{os.getpid()}-{next(self._staged)}"
 
+    @looking_again
     def _open_directory(self, directory: str) -> int:
         check_segment(directory, "directory")
         try:
@@ -903,6 +912,7 @@ class Repository:
             raise
         return folder
 
+    @looking_again
     def _look(self, directory: str, path: Sequence[str], id: str = "",
               time: int | None = None) -> Content | None:
         """The file at this path, open, or None; Conflict where something else bears the name. What
@@ -934,7 +944,10 @@ class Repository:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             if not stat.S_ISREG(status.st_mode):
                 raise _in_the_way(id)
-            return Content(self, directory, id, fd, status, time)
+            artefact = self.recall(directory, id, fd, status)
+            if time is not None and time != artefact.time:
+                artefact = replace(artefact, time=time)
+            return Content(self, artefact, fd, status)
         except BaseException:
             os.close(fd)
             raise
@@ -963,6 +976,7 @@ class Repository:
             self._known.clear()
         self._known[_identity(status)] = artefact
 
+    @looking_again
     def _describe_entry(self, directory: str, id: str, folder: int, entry: os.DirEntry[str],
                         digests: bool) -> Artefact | None:
         """An artefact from a folder's entry, which is not opened where it is known already."""
@@ -992,7 +1006,9 @@ def _in_the_way(id: str) -> Conflict:
 
 def _same(current: Content | None, staged: Artefact) -> bool:
     """Whether the staged bytes are those that are current."""
-    return current is not None and current.size == staged.size and current.digested().sha256 == staged.sha256
+    if current is None or current.artefact.size != staged.size:
+        return False
+    return current.digested().sha256 == staged.sha256
 
 
 def _write(fd: int, data: bytes | bytearray) -> None:
@@ -1627,7 +1643,8 @@ def preconditions(req: falcon.Request) -> Check:
         if current is not None:
             if current.artefact.sha256 is None:
                 end_first_look(req)
-            etag, modified = f'"{current.digested().sha256}"', current.time // 1_000_000
+            artefact = current.digested()
+            etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
         if failed_precondition(req.method, conditions, etag, modified):
             raise changed()
 
@@ -1687,12 +1704,11 @@ def tar(repository: Repository, artefacts: Iterable[Artefact]) -> Iterator[bytes
     """The artefacts as a POSIX (pax) archive, with their times."""
     for artefact in artefacts:
         with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
-            info = tarfile.TarInfo(artefact.id)
-            info.size, info.mtime = content.size, content.time / 1e6
+            info, current = tarfile.TarInfo(artefact.id), content.artefact  # it may be another by now
+            info.size, info.mtime = current.size, current.time / 1e6
             yield info.tobuf(tarfile.PAX_FORMAT)
-            for start in range(0, content.size, PIECE):
-                yield content.read_whole(start, min(PIECE, content.size - start))
-            yield bytes(-content.size % tarfile.BLOCKSIZE)
+            yield from content.pieces()
+            yield bytes(-current.size % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 

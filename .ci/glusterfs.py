@@ -34,7 +34,9 @@ __all__ = [
 
 ADDRESS = "10.99.0.1"  # of lo: glusterd refuses the loopback's own
 STATE = "/var/lib/glusterd", "/var/log/glusterfs", "/run"  # hidden behind empty ones
-# Every host asks anew, or it would decide on what was there a second ago.
+# No host caches, or it would decide on what was there a second ago; and an open file is open, or what it was
+# could be gone at the first read.
+CACHES = "open-behind quick-read stat-prefetch write-behind io-cache read-ahead readdir-ahead"
 OPTIONS = "--entry-timeout=0", "--attribute-timeout=0", "--negative-timeout=0"
 
 
@@ -65,6 +67,8 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     call("glusterd")
     until(lambda: subprocess.run(["gluster", "volume", "info"], capture_output=True).returncode == 0)
     gluster("volume", "create", "v", "replica", 3, *(f"{ADDRESS}:{brick}" for brick in bricks), "force")
+    for translator in CACHES.split():
+        gluster("volume", "set", "v", f"performance.{translator}", "off")
     gluster("volume", "start", "v")
     for mount in one, two:
         call("glusterfs", f"--volfile-server={ADDRESS}", "--volfile-id=v", *OPTIONS, mount)

@@ -393,7 +393,7 @@ def works_on(repository: a.Repository, directory: str, id: str) -> None:
     """That it takes a push, a delete and a restore there, and deletes a directory."""
     def current() -> bytes:
         with repository.fetch(directory, id) as content:
-            return content.read(0, content.size)
+            return content.read(0, content.artefact.size)
 
     with contextlib.suppress(a.NotFound):
         newest = repository.versions(directory, id)[0][0].version
