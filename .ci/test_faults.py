@@ -663,6 +663,26 @@ def test_a_fault_at_every_call(before: Path, subtests: pytest.Subtests, operatio
                 assert child.hear() is None and child.end() == 0, told
 
 
+@pytest.mark.parametrize("operation", ["replacing push", "delete", "restore"])
+def test_a_stale_handle_is_looked_up_again(before: Path, subtests: pytest.Subtests, operation: str) -> None:
+    """As NFS and GlusterFS have it, once, of a file that another host replaced since the lookup."""
+
+    def stale(call: Call) -> bool:
+        looked = call.name == "openat" and not call.changes() and "O_DIRECTORY" not in call.arguments
+        return (looked or call.name == "fgetxattr") and any("lib/x" in path for path in call.paths)
+
+    log, old = before.with_name("log"), tree(before)
+    states = OPERATIONS[operation].states(old)
+    with copied(before) as data, performed(OPERATIONS[operation], data, log):
+        cases = [(inject, call) for inject, call in each_call(log) if stale(call)]
+    assert {call.name for _, call in cases} == {"openat", "fgetxattr"}
+    for inject, call in cases:
+        with subtests.test(f"{call.name}({call.arguments})"), copied(before) as data:
+            with performed(OPERATIONS[operation], data, log, inject % "error=ESTALE") as (_, raised):
+                assert any("ESTALE" in call.result for call in calls(log))
+                assert raised == [] and tree(data, old) == states[-1]
+
+
 class FailingClose:
     """The close that strace cannot let fail as Linux does: the descriptor is gone, and yet there is an
     error, such as NFS's where it has no room for what it buffered. So it is of a file that is written."""
