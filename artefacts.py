@@ -2370,6 +2370,7 @@ REQUIRED = (
 )
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes read and sent at once; of larger pieces much is read again and again
+READS = 16  # further pieces of a body received in a turn: a turn costs as much as a piece
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
@@ -2506,6 +2507,7 @@ class Channel(waitress.channel.HTTPChannel):
     task_class = error_task_class = Task
     lingering = 0.0  # until when what arrives is thrown away
     turn = 0  # bytes sent in this turn
+    more = False  # whether the last piece was a full one, so that more may be there
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -2515,6 +2517,23 @@ class Channel(waitress.channel.HTTPChannel):
         parser = Parser(adj)
         parser.channel = self
         return parser
+
+    def handle_read(self) -> None:
+        super().handle_read()
+        for _ in range(READS):
+            if self.request is None or not self.more:
+                return
+            try:
+                data = self.recv(self.adj.recv_bytes)
+            except BlockingIOError:
+                return
+            if data:
+                self.received(data)
+
+    def recv(self, size: int) -> bytes:
+        data: bytes = super().recv(size)
+        self.more = len(data) == size
+        return data
 
     def received(self, data: bytes) -> bool:
         if self.lingering:
