@@ -66,7 +66,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import falcon
@@ -1320,7 +1320,7 @@ _json = json.encoder.encode_basestring_ascii
 
 # == Resources ====================================================================================
 
-SMALL = 128 * 1024  # bytes: what is not longer is read at once, what is longer is streamed
+SMALL = 32 * 1024  # bytes: what is not longer is read at once, what is longer is streamed
 FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "On waitress"
 
 
@@ -2398,6 +2398,27 @@ class Body:
         self.upload.close()
 
 
+class Part(NamedTuple):
+    """Of an open file."""
+
+    fd: int
+    start: int
+    length: int
+
+
+class File(waitress.buffers.ReadOnlyFileBasedBuffer):
+    """A file on its way out, from its position on. It is not read: the kernel sends the parts got of it."""
+
+    def prepare(self, size: int) -> None:
+        self.start, self.remain = self.file.tell(), size
+
+    def get(self, numbytes: int, skip: bool = False) -> Part:
+        return Part(self.file.fileno(), self.start, min(numbytes, self.remain))
+
+    def skip(self, numbytes: int, allow_prune: bool = False) -> None:
+        self.start, self.remain = self.start + numbytes, self.remain - numbytes
+
+
 class Parser(waitress.parser.HTTPRequestParser):
     """Receives one request: its body into an Upload, unless the header alone is answered."""
 
@@ -2454,6 +2475,11 @@ class Task(waitress.task.WSGITask):
 
     handed_over = False
 
+    def get_environment(self) -> WSGIEnvironment:
+        environ: WSGIEnvironment = super().get_environment()
+        environ["wsgi.file_wrapper"] = File
+        return environ
+
     def execute(self) -> None:
         request, channel = self.request, self.channel
         if request.error is not None:  # waitress's own refusals, told as all others are
@@ -2487,9 +2513,9 @@ class Task(waitress.task.WSGITask):
         lines = [f"HTTP/{self.version} {self.status}", *itertools.starmap(field_line, fields), "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         self.wrote_header, self.content_length = True, length
-        if isinstance(body, waitress.buffers.ReadOnlyFileBasedBuffer):
+        if isinstance(body, File):
             body.prepare(int(length or 0))
-            channel.write_soon(head)
+            channel.write_now(head, socket.MSG_MORE)
             channel.write_soon(body)  # which closes it
             self.handed_over = True
         elif isinstance(body, list):
@@ -2552,11 +2578,14 @@ class Channel(waitress.channel.HTTPChannel):
         else:
             self.service()
 
-    def write_now(self, data: bytes) -> None:
+    def write_now(self, data: bytes, flags: int = 0) -> None:
         """Sends without a detour through buffers what the socket takes at once."""
         with self.outbuf_lock:
             if self.connected and not self.total_outbufs_len:
-                data = data[self.send(data, do_close=False) :]
+                try:
+                    data = data[self.socket.send(data, flags) :]
+                except OSError:
+                    pass  # what is wrong, the next attempt finds
         self.write_soon(data)
 
     def handle_write(self) -> None:
@@ -2573,12 +2602,18 @@ class Channel(waitress.channel.HTTPChannel):
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
 
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        if not data:  # a file that was cut short in place; waitress would try for ever
-            raise OSError(errno.EIO, "the file ended before its length")
+    def send(self, data: bytes | Part, do_close: bool = True) -> int:
         if self.turn > TURN:
             return 0
-        sent: int = super().send(data, do_close)
+        if isinstance(data, bytes):
+            sent: int = super().send(data, do_close)
+        else:
+            try:
+                sent = os.sendfile(self.socket.fileno(), data.fd, data.start, data.length)
+            except BlockingIOError:
+                return 0
+            if not sent:  # it was cut short in place; waitress would try for ever
+                raise OSError(errno.EIO, "the file ended before its length")
         self.turn += sent
         return sent
 
