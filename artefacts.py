@@ -237,14 +237,16 @@ def check_segment(name: str, what: str) -> str:
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
-def check_names(directory: str, id: str) -> list[str]:
+@functools.lru_cache(4096)
+def check_names(directory: str, id: str) -> tuple[str, ...]:
     """The segments of the id; InvalidName where one breaks a rule, or all are too long together."""
     check_segment(directory, "directory")
     if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
         raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
-    return [check_segment(segment, "id") for segment in id.split("/")]
+    return tuple(check_segment(segment, "id") for segment in id.split("/"))
 
 
+@functools.lru_cache(4096)
 def type_of(id: str, announced: str | None = None) -> str:
     """The media type to store: the client's where it says something, else the name's."""
     if announced and MEDIA_TYPE.fullmatch(announced := announced.strip()):
@@ -298,6 +300,11 @@ class Descriptor:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+
+    def kept(self) -> Descriptor:
+        """The same for somebody else, who closes it; this one no longer does."""
+        fd, self.fd = self.fd, -1
+        return Descriptor(fd)
 
     def __enter__(self) -> int:
         return self.fd
@@ -443,6 +450,10 @@ class Upload:
         """Renames the staged file to `name` in the open folder: the instant of the commit."""
         os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
         self._name = ""
+
+    def status(self) -> os.stat_result:
+        """Of the staged file, wherever it is by now."""
+        return os.fstat(self._fd)
 
     def close(self) -> None:
         """Frees all; what was staged and not pushed is gone."""
@@ -625,13 +636,13 @@ class Repository:
         raises passes. Where these very bytes are current already, nothing changes. Conflict
         where a folder is in the way of the artefact, or an artefact in the way of a folder."""
         segments = check_names(directory, id)
-        staged = Artefact(directory, id, upload.size, _now(), type or type_of(id), upload.digest())
+        staged = Artefact(directory, id, upload.size, _now(), type_of(id, type), upload.digest())
         if not self.durable or not self._is_current(staged, segments):
             upload.seal(staged)  # an identical push waits for no disk
-        with self._locked(directory, wait) as lock:
+        with (lock := self._lock(directory, wait)):
             with self._look(directory, segments) or contextlib.nullcontext() as current:
                 check(current)
-                with Descriptor(self._make_folder(directory, *segments[:-1])) as folder:
+                with self._make_folder(directory, *segments[:-1]) as folder:
                     if current is not None and _same(current, staged):
                         staged = current.artefact
                         current.sync()  # who dropped the file in by hand may not have
@@ -661,7 +672,7 @@ class Repository:
         """Deletes the current artefact; where versions are kept, it becomes one. NotFound."""
         self.fetch(directory, id).close()  # or NotFound, and no lock is made for nothing
         segments, keep = check_names(directory, id), self.keeps(directory)
-        with self._locked(directory), self.fetch(directory, id) as current:
+        with self._lock(directory), self.fetch(directory, id) as current:
             check(current)
             kept = self._kept(directory, segments) if keep < ALL else []
             if keep:
@@ -674,7 +685,7 @@ class Repository:
         """Erases one earlier version. NotFound; Conflict where it is the current one."""
         self.fetch(directory, id, version).close()
         segments = check_names(directory, id)
-        with self._locked(directory), self.fetch(directory, id, version) as content:
+        with self._lock(directory), self.fetch(directory, id, version) as content:
             check(content)
             if version not in self._kept(directory, segments):
                 raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
@@ -684,7 +695,7 @@ class Repository:
         """Erases an artefact with all its versions. NotFound where there is neither."""
         self.versions(directory, id)
         segments = check_names(directory, id)
-        with self._locked(directory):
+        with self._lock(directory):
             with self._current(directory, segments) or contextlib.nullcontext() as current:
                 check(current)
                 if current is not None:
@@ -696,7 +707,7 @@ class Repository:
         os.close(self._open_directory(directory))
         name = self.unique_name()
         with Descriptor(os.open(self.root, FOLDER)) as root, Descriptor(self.own(TRASH)) as trash:
-            with self._locked(directory):
+            with self._lock(directory):
                 os.close(self._open_directory(directory))  # a folder, and no symbolic link
                 os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.sync(root)
@@ -716,14 +727,13 @@ class Repository:
 
     # -- the steps of a commit, under the directory's lock --
 
-    @contextlib.contextmanager
-    def _locked(self, directory: str, wait: bool = True) -> Iterator[Descriptor]:
-        """Holds the directory's lock, against threads, processes and hosts alike, until closed."""
+    def _lock(self, directory: str, wait: bool = True) -> Descriptor:
+        """The directory's lock, held against threads, processes and hosts alike until it is closed."""
         with Descriptor(self.own(LOCKS)) as locks:
             lock = Descriptor(os.open(directory, LOCK, 0o666, dir_fd=locks))
         with lock as fd:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield lock
+            return lock.kept()
 
     def _is_current(self, staged: Artefact, segments: Sequence[str]) -> bool:
         with self._look(staged.directory, segments) or contextlib.nullcontext() as current:
@@ -750,6 +760,7 @@ class Repository:
         except IsADirectoryError:  # an empty one, or `_look` would have refused
             _remove_empty(folder, segments[-1])
             upload.move(folder, segments[-1])
+        self._learn(upload.status(), staged)
         if len(kept) > keep:
             self.sync(folder)  # or a power cut could undo the rename, and not what follows
             self._drop(directory, segments, kept[: len(kept) - keep])
@@ -759,8 +770,8 @@ class Repository:
         """Links the current file to its version's name, durably."""
         directory, version = current.artefact.directory, current.artefact.version
         with (
-            Descriptor(self._make_folder(directory, *segments[:-1])) as folder,
-            Descriptor(self._make_folder(directory, VERSIONS, *segments)) as kept,
+            self._make_folder(directory, *segments[:-1]) as folder,
+            self._make_folder(directory, VERSIONS, *segments) as kept,
         ):
             try:
                 os.link(segments[-1], version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
@@ -882,15 +893,19 @@ class Repository:
         except FileNotFoundError:
             raise Unavailable("The data directory is not there. Tell who runs this server.") from None
 
-    def _make_folder(self, *names: str) -> int:
+    def _make_folder(self, *names: str) -> Descriptor:
         """The folder, open, made where it is missing; the caller closes it. Each folder's name is
         durable before anything is put into it. One that was there is synced once too: who made it
         may have been killed before its own fsync."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with (folder := Descriptor(self._open_folder(*names))) as fd:
+                if not self.durable or _folder_identity(fd) in self._durable_folders:
+                    return folder.kept()
         folder = Descriptor(os.open(self.root, FOLDER))
         for name in names:
             with folder as parent:
                 folder = self._enter(parent, name, "/".join(names[1:]))
-        return folder.fd
+        return folder
 
     def _enter(self, parent: int, name: str, id: str) -> Descriptor:
         """The folder of this name in an open one, made where it is missing, its name durable."""
@@ -902,15 +917,11 @@ class Repository:
             folder, made = Descriptor(os.open(name, FOLDER, dir_fd=parent)), True
         except NotADirectoryError:
             raise _in_the_way(id) from None
-        try:
-            identity = (status := os.fstat(folder.fd)).st_dev, status.st_ino
-            if made or identity not in self._durable_folders:
+        with folder as fd:
+            if made or _folder_identity(fd) not in self._durable_folders:
                 self.sync(parent)
-                self._durable_folders.add(identity)
-        except BaseException:
-            folder.close()
-            raise
-        return folder
+                self._durable_folders.add(_folder_identity(fd))
+            return folder.kept()
 
     @looking_again
     def _look(self, directory: str, path: Sequence[str], id: str = "",
@@ -919,8 +930,11 @@ class Repository:
         is current has its id for a path; a version has not, nor is its time its file's for sure."""
         id = id or "/".join(path)
         try:
-            with Descriptor(self._open_folder(directory, *path[:-1])) as folder:
+            folder = self._open_folder(directory, *path[:-1])
+            try:
                 return self._open(folder, path[-1], directory, id, time)
+            finally:
+                os.close(folder)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -1060,6 +1074,11 @@ def _remove_empty(parent: int, name: str) -> None:
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     """Changes whenever a file's bytes or attributes do."""
     return (status.st_ino, status.st_dev, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+
+
+def _folder_identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _write_digest(fd: int, artefact: Artefact) -> None:
@@ -1396,7 +1415,7 @@ class Resource:
         with self.repository.stage(self.settings.of(directory, "max_size")) as upload:
             for piece in content:
                 upload.write(piece)
-            return self.repository.push(upload, directory, id, type=type_of(id, type), check=check)[0]
+            return self.repository.push(upload, directory, id, type=type, check=check)[0]
 
     def on_propfind(self, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
         # sccache asks so before it writes; it takes 404 for "not there yet", and gives up at 405
@@ -1597,7 +1616,7 @@ class ArtefactResource(Resource):
             if not received:
                 receive(req, length, upload)
             upload.verify(length, sha256)
-            type = type_of(id, req.content_type)
+            type = req.content_type
             try:
                 stored = self.repository.push(upload, directory, id, type=type, check=check, wait=not at_once)
             except BlockingIOError:
@@ -2582,10 +2601,8 @@ class Channel(waitress.channel.HTTPChannel):
         """Sends without a detour through buffers what the socket takes at once."""
         with self.outbuf_lock:
             if self.connected and not self.total_outbufs_len:
-                try:
+                with contextlib.suppress(OSError):  # what is wrong, the next attempt finds
                     data = data[self.socket.send(data, flags) :]
-                except OSError:
-                    pass  # what is wrong, the next attempt finds
         self.write_soon(data)
 
     def handle_write(self) -> None:

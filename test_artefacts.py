@@ -669,7 +669,7 @@ BASIC = "application/octet-stream"
 RULES: list[tuple[Callable[..., object], list[tuple[Any, ...]]]] = [  # arguments, and what is to come
     (a.check_segment, [(name, "id", name) for name in NAMES]),
     (a.check_segment, [(name, "id", a.InvalidName) for name in BAD_NAMES]),
-    (a.check_names, [("app", "a/b/c", ["a", "b", "c"]), ("app", "/".join("x" * 512), ["x"] * 512)]),
+    (a.check_names, [("app", "a/b/c", ("a", "b", "c")), ("app", "/".join("x" * 512), ("x",) * 512)]),
     (a.check_names, [(directory, "x", a.InvalidName) for directory in ("", "a/b", ".app")]),
     (a.check_names, [("app", id, a.InvalidName) for id in (
         "", "/a", "a/", "a//b", "a/../b", "a/.b", "/".join("x" * 513))]),
