@@ -535,9 +535,9 @@ class Repository:
         NotFound where it is missing. `digests`: compute those that are not known yet. Who does not
         read to the end closes it."""
         with Descriptor(self._open_directory(directory)) as folder:
-            for id, within, entry in _walk(folder, "", prefix, after):
+            for id, within, name in _walk(folder, "", prefix, after):
                 try:
-                    artefact = self._describe_entry(directory, id, within, entry, digests)
+                    artefact = self._describe(directory, id, within, name, digests)
                 except FileNotFoundError:  # deleted meanwhile
                     continue
                 if artefact is not None:
@@ -970,8 +970,8 @@ class Repository:
 
     def recall(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
         """What the open file's attributes tell; its digest may be None."""
-        known = self._known.get(_identity(status))
-        if known is None or known.id != id or known.directory != directory:
+        known = self._known_as(directory, id, status)
+        if known is None:
             sha256, type = _read_attributes(fd, id, status)
             known = Artefact(directory, id, status.st_size, _microseconds(status), type, sha256)
             self._learn(status, known)
@@ -990,19 +990,21 @@ class Repository:
             self._known.clear()
         self._known[_identity(status)] = artefact
 
-    @looking_again
-    def _describe_entry(self, directory: str, id: str, folder: int, entry: os.DirEntry[str],
-                        digests: bool) -> Artefact | None:
-        """An artefact from a folder's entry, which is not opened where it is known already."""
-        status = entry.stat(follow_symlinks=False)
+    def _known_as(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
         known = self._known.get(_identity(status))
-        if known is not None and known.id == id and known.directory == directory:
-            if known.sha256 is not None or not digests:
-                return known
+        return known if known is not None and known.id == id and known.directory == directory else None
+
+    @looking_again
+    def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
+        """An artefact by its name in an open folder; None where it is something else."""
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        known = self._known_as(directory, id, status)  # then it is not opened
+        if known is not None and (known.sha256 is not None or not digest):
+            return known
         if not stat.S_ISREG(status.st_mode):
             return None
-        with self._open(folder, entry.name, directory, id) as content:
-            return content.digested() if digests else content.artefact
+        with self._open(folder, name, directory, id) as content:
+            return content.digested() if digest else content.artefact
 
 
 def _now() -> int:
@@ -1031,24 +1033,24 @@ def _write(fd: int, data: bytes | bytearray) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, os.DirEntry[str]]]:
-    """(id, the open folder it is in, entry) of every file below, in the order of the ids. Follows
+def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, str]]:
+    """(id, the open folder it is in, name there) of every file below, in the order of the ids. Follows
     no link, and enters no folder in which no id can match."""
     with os.scandir(folder) as entries:
         found = sorted(
-            (entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name, entry)
+            entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
             for entry in entries if SEGMENT.fullmatch(entry.name)
         )
-    for name, entry in found:
+    for name in found:
         id = inside + name
         if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
             continue
         if name[-1] != "/":
             if id.startswith(prefix) and id > after:
-                yield id, folder, entry
+                yield id, folder, name
         elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
-                with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
                     yield from _walk(child, id, prefix, after)
 
 
@@ -1323,6 +1325,7 @@ def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[
     )
 
 
+@functools.lru_cache(KNOWN // 2)
 def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = "") -> str:
     """An ARTEFACT; `more`: further members. Written out because a listing makes thousands."""
     return (
