@@ -451,6 +451,10 @@ class Upload:
         os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
         self._name = ""
 
+    @property
+    def pushed(self) -> bool:
+        return self._fd >= 0 and not self._name
+
     def status(self) -> os.stat_result:
         """Of the staged file, wherever it is by now."""
         return os.fstat(self._fd)
@@ -639,17 +643,23 @@ class Repository:
         staged = Artefact(directory, id, upload.size, _now(), type_of(id, type), upload.digest())
         if not self.durable or not self._is_current(staged, segments):
             upload.seal(staged)  # an identical push waits for no disk
+        # Under the lock there is as little as can be: after each system call a thread waits for the
+        # interpreter, and all others for the lock.
+        bare = not self.keeps(directory) and not self._kept(directory, segments)
         with (lock := self._lock(directory, wait)):
-            with self._look(directory, segments) or contextlib.nullcontext() as current:
+            there, current = self._look_into(directory, segments)
+            with there or contextlib.nullcontext(), current or contextlib.nullcontext():
                 check(current)
-                with self._make_folder(directory, *segments[:-1]) as folder:
+                with self._make_folder(directory, *segments[:-1], there=there) as folder:
                     if current is not None and _same(current, staged):
                         staged = current.artefact
                         current.sync()  # who dropped the file in by hand may not have
                     else:
-                        staged = self._replace(upload, staged, current, folder, segments)
+                        staged = self._replace(upload, staged, current, folder, segments, bare)
                     lock.close()  # so that the fsyncs of many pushes overlap
                     self.sync(folder)
+            if upload.pushed:
+                self._learn(upload.status(), staged)
         return staged, current is None
 
     def restore(self, directory: str, id: str, version: str, *,
@@ -740,10 +750,11 @@ class Repository:
             return _same(current, staged)
 
     def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
-                 segments: Sequence[str]) -> Artefact:
-        """Puts the upload in the place of what is current, as a version later than all others."""
+                 segments: Sequence[str], bare: bool) -> Artefact:
+        """Puts the upload in the place of what is current, as a version later than all others. `bare`:
+        there are no earlier ones, and none will come."""
         directory, keep = staged.directory, self.keeps(staged.directory)
-        kept = self._kept(directory, segments) if keep < ALL else []
+        kept = [] if bare or keep == ALL else self._kept(directory, segments)
         newest = max(
             -1 if current is None else current.artefact.time,
             version_time(kept[-1]) if kept else -1,
@@ -760,7 +771,6 @@ class Repository:
         except IsADirectoryError:  # an empty one, or `_look` would have refused
             _remove_empty(folder, segments[-1])
             upload.move(folder, segments[-1])
-        self._learn(upload.status(), staged)
         if len(kept) > keep:
             self.sync(folder)  # or a power cut could undo the rename, and not what follows
             self._drop(directory, segments, kept[: len(kept) - keep])
@@ -893,12 +903,13 @@ class Repository:
         except FileNotFoundError:
             raise Unavailable("The data directory is not there. Tell who runs this server.") from None
 
-    def _make_folder(self, *names: str) -> Descriptor:
+    def _make_folder(self, *names: str, there: Descriptor | None = None) -> Descriptor:
         """The folder, open, made where it is missing; the caller closes it. Each folder's name is
         durable before anything is put into it. One that was there is synced once too: who made it
-        may have been killed before its own fsync."""
+        may have been killed before its own fsync. `there`: the same, if it is open already; it is
+        closed then."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            with (folder := Descriptor(self._open_folder(*names))) as fd:
+            with (folder := there or Descriptor(self._open_folder(*names))) as fd:
                 if not self.durable or _folder_identity(fd) in self._durable_folders:
                     return folder.kept()
         folder = Descriptor(os.open(self.root, FOLDER))
@@ -923,20 +934,26 @@ class Repository:
                 self._durable_folders.add(_folder_identity(fd))
             return folder.kept()
 
-    @looking_again
     def _look(self, directory: str, path: Sequence[str], id: str = "",
               time: int | None = None) -> Content | None:
         """The file at this path, open, or None; Conflict where something else bears the name. What
         is current has its id for a path; a version has not, nor is its time its file's for sure."""
+        folder, content = self._look_into(directory, path, id, time)
+        if folder is not None:
+            folder.close()
+        return content
+
+    @looking_again
+    def _look_into(self, directory: str, path: Sequence[str], id: str = "",
+                   time: int | None = None) -> tuple[Descriptor | None, Content | None]:
+        """As `_look`, and the folder that the file is in."""
         id = id or "/".join(path)
         try:
-            folder = self._open_folder(directory, *path[:-1])
-            try:
-                return self._open(folder, path[-1], directory, id, time)
-            finally:
-                os.close(folder)
+            with (folder := Descriptor(self._open_folder(directory, *path[:-1]))) as fd:
+                content = self._open(fd, path[-1], directory, id, time)
+                return folder.kept(), content
         except FileNotFoundError:
-            return None
+            return None, None
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise _in_the_way(id) from None
@@ -1159,6 +1176,8 @@ def http_seconds(field: str | None) -> int | None:
 def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
     """Whether an If-Match or If-None-Match names this entity tag, None where there is no
     representation (RFC 9110 §8.8.3.2). InvalidRequest where it is no list of entity tags."""
+    if field == etag:
+        return True
     if field.strip(" \t") == "*":
         return etag is not None
     if ENTITY_TAG.sub("", field).strip(" \t,"):
