@@ -2798,20 +2798,33 @@ def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
 
 
 def verify(repository: Repository) -> int:
-    """Tells of everything that is not as it was stored; 1 where something is damaged."""
-    counts, read, shown = dict.fromkeys(("whole", "new", "changed", "damaged"), 0), 0, sys.stderr.isatty()
+    """Tells of everything that is not as it was stored; 1 where something is damaged. On a terminal
+    with a progress bar."""
+    counts, read = dict.fromkeys(("whole", "new", "changed", "damaged"), 0), 0
+    total = bytes_below(repository.root) if sys.stderr.isatty() else 0
     for artefact, found in repository.verify():
         counts[found] += 1
         read += artefact.size
-        if shown:
-            sys.stderr.write(f"\r{sum(counts.values())} files, {read / 1e6:.0f} MB read ")
-            sys.stderr.flush()
         if found != "whole":
+            sys.stderr.write("\r\033[K" if total else "")  # the bar's line, for this one
             print(f"{found}: {artefact.directory}/{artefact.id} {artefact.version}", flush=True)
-    if shown:
-        sys.stderr.write("\n")
+        if total:
+            part = min(1, read / total)
+            sys.stderr.write(f"\r[{'#' * round(part * 40):40}] {part:4.0%}, {sum(counts.values())} files ")
+            sys.stderr.flush()
+    sys.stderr.write("\n" if total else "")
     print(", ".join(f"{number} {found}" for found, number in counts.items()))
     return 1 if counts["damaged"] else 0
+
+
+def bytes_below(path: str) -> int:
+    """In all files below; what comes and goes meanwhile may be missing."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
 
 
 class Options(argparse.ArgumentParser):

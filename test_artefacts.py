@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import signal
@@ -2880,6 +2881,27 @@ def test_verify_tells_damage_from_change(data: Path, capsys: pytest.CaptureFixtu
         repository.restore("app", "kept/x", kept.name)
     assert a.main(verify) == 1  # and the digest that tells it stays
     assert capsys.readouterr().out.splitlines()[-1] == "4 whole, 0 new, 0 changed, 1 damaged"
+
+
+def test_verify_shows_its_progress_on_a_terminal(data: Path) -> None:
+    for name in "ab":
+        drop(data / "app" / name, bytes(3_000_000))
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, a.__file__, "--data", str(data), "--verify"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    os.close(theirs)
+    told = b""
+    with contextlib.suppress(OSError):  # EIO: all is read
+        while piece := os.read(terminal, 1 << 16):
+            told += piece
+    os.close(terminal)
+    new, *_, counts = done.stdout.splitlines()
+    assert new.startswith("new: app/a ") and counts == "0 whole, 2 new, 0 changed, 0 damaged"
+    half, whole = "#" * 20 + " " * 20, "#" * 40
+    shown = told.decode().replace("\033[K", "").split("\r")
+    assert [line for line in shown if line.startswith("[")] == [
+        f"[{half}]  50%, 1 files ", f"[{whole}] 100%, 2 files ",
+    ]  # fmt: skip
 
 
 # == The README ===================================================================================
