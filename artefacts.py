@@ -237,7 +237,7 @@ def check_segment(name: str, what: str) -> str:
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(1024)
 def check_names(directory: str, id: str) -> tuple[str, ...]:
     """The segments of the id; InvalidName where one breaks a rule, or all are too long together."""
     check_segment(directory, "directory")
@@ -246,7 +246,7 @@ def check_names(directory: str, id: str) -> tuple[str, ...]:
     return tuple(check_segment(segment, "id") for segment in id.split("/"))
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(1024)
 def type_of(id: str, announced: str | None = None) -> str:
     """The media type to store: the client's where it says something, else the name's."""
     if announced and MEDIA_TYPE.fullmatch(announced := announced.strip()):
@@ -319,7 +319,7 @@ class Content:
 
     def __init__(self, repository: Repository, artefact: Artefact, fd: int, status: os.stat_result) -> None:
         self.artefact = artefact  # what is known without reading it: the digest may be None
-        self._repository, self._fd, self._status = repository, fd, status
+        self._repository, self._fd, self.status = repository, fd, status
 
     def is_stamped(self) -> bool:
         """Whether a digest was ever stored with the file, be it of other bytes."""
@@ -333,10 +333,10 @@ class Content:
             return replace(artefact, sha256=_sha256(self._fd))
         if artefact.sha256 is None:
             # A change within one tick of the file system's clock would bear the same time.
-            time.sleep(min(max(0, self._status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
+            time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
             self.artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
             after = os.fstat(self._fd)
-            if (after.st_size, after.st_mtime_ns) == (self._status.st_size, self._status.st_mtime_ns):
+            if (after.st_size, after.st_mtime_ns) == (self.status.st_size, self.status.st_mtime_ns):
                 self._repository.remember(self._fd, artefact)
         return artefact
 
@@ -461,7 +461,7 @@ class Upload:
 
     def close(self) -> None:
         """Frees all; what was staged and not pushed is gone."""
-        self._closed = True
+        self._closed, self._memory = True, bytearray()
         if self._hashing is not None:
             self._hashing.exception()
         fd, self._fd, name, self._name = self._fd, -1, self._name, ""
@@ -658,8 +658,10 @@ class Repository:
                         staged = self._replace(upload, staged, current, folder, segments, bare)
                     lock.close()  # so that the fsyncs of many pushes overlap
                     self.sync(folder)
-            if upload.pushed:
-                self._learn(upload.status(), staged)
+                if upload.pushed:
+                    self._learn(upload.status(), staged)
+                    if current is not None:
+                        self._known.pop(_identity(current.status), None)
         return staged, current is None
 
     def restore(self, directory: str, id: str, version: str, *,
@@ -931,6 +933,8 @@ class Repository:
         with folder as fd:
             if made or _folder_identity(fd) not in self._durable_folders:
                 self.sync(parent)
+                if len(self._durable_folders) >= KNOWN:
+                    self._durable_folders.clear()  # they are only synced once more
                 self._durable_folders.add(_folder_identity(fd))
             return folder.kept()
 
@@ -1344,9 +1348,8 @@ def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[
     )
 
 
-@functools.lru_cache(KNOWN // 2)
 def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = "") -> str:
-    """An ARTEFACT; `more`: further members. Written out because a listing makes thousands."""
+    """An ARTEFACT; `more`: further members."""
     return (
         f'{{"directory": {_json(artefact.directory)}, "id": {_json(artefact.id)}, '
         f'"href": "{href(base, artefact.directory, artefact.id, version)}", '
@@ -1356,6 +1359,8 @@ def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = 
     )
 
 
+# A listing has thousands, and the next one the same ones again.
+row_json = functools.lru_cache(KNOWN // 2)(artefact_json)
 _json = json.encoder.encode_basestring_ascii
 
 
@@ -1501,7 +1506,7 @@ class Directory(Resource):
             render_page(resp, directory_page(directory, found, here, following))
         else:
             base = base_of(req)
-            rows = ", ".join(artefact_json(artefact, base) for artefact in found)
+            rows = ", ".join(row_json(artefact, base) for artefact in found)
             more = f', "next": {_json(following)}' if following else ""
             render_json(resp, f'{{"directory": {_json(directory)}, "artefacts": [{rows}]{more}}}')
 
@@ -2118,12 +2123,17 @@ def answer_to(error: Exception) -> tuple[int, str]:
     return 500, DETAILS[500]
 
 
-def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> NoReturn:
+def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
     """The one handler of all errors. What went wrong on our side stands in the log."""
     status, detail = answer_to(error)
     if status >= 500:
         log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500])
-    raise falcon.HTTPError(status, description=detail, headers=dict(getattr(error, "headers", None) or {}))
+    # Not raised as an HTTPError: Falcon keeps that in a cycle with its traceback, in which the connection
+    # and what it received would be kept, too, until the garbage is collected.
+    refusal = falcon.HTTPError(status, description=detail)
+    resp.status = refusal.status
+    resp.set_headers(dict(getattr(error, "headers", None) or {}))
+    serialize_problem(req, resp, refusal)
 
 
 # == Access: who may do what, and what holds for which directory ==================================
@@ -2404,13 +2414,15 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   client might lose the answer (RFC 9112 §9.6).
 
 REQUIRED = (
-    (waitress.channel.HTTPChannel, "received service handle_write handle_close send write_soon"),
+    (waitress.channel.HTTPChannel, "received service handle_write handle_close send write_soon _flush_some"),
     (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
     (waitress.server.TcpWSGIServer, "add_task pull_trigger channel_class handle_accept"),
     (waitress.task.WSGITask, "execute get_environment service"),
+    (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
 )
 LINGER = 30  # seconds
-SEND = 512 * 1024  # bytes read and sent at once; of larger pieces much is read again and again
+SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
+HEAD = 16 * 1024  # bytes received at first: nearly every request's header, and small bodies
 READS = 16  # further pieces of a body received in a turn: a turn costs as much as a piece
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
@@ -2465,6 +2477,7 @@ class Parser(waitress.parser.HTTPRequestParser):
 
     channel: Channel
     answer: Answer | None = None  # of the first look
+    path = ""  # which waitress logs, whether or not there is one
     looked = False
     refused = False  # whether the answer came before the end of the body
     completed: bool
@@ -2598,6 +2611,7 @@ class Channel(waitress.channel.HTTPChannel):
                 self.received(data)
 
     def recv(self, size: int) -> bytes:
+        size = min(size, HEAD) if self.request is None else size  # who asks for less than comes asks again
         data: bytes = super().recv(size)
         self.more = len(data) == size
         return data
@@ -2626,6 +2640,10 @@ class Channel(waitress.channel.HTTPChannel):
                 with contextlib.suppress(OSError):  # what is wrong, the next attempt finds
                     data = data[self.socket.send(data, flags) :]
         self.write_soon(data)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:  # else a worker's 100 Continue might be sent by this thread and that
+            return bool(super()._flush_some(do_close))
 
     def handle_write(self) -> None:
         self.turn = 0

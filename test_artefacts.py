@@ -29,12 +29,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
 import pytest
 from falcon import testing
+from waitress.adjustments import Adjustments
 
 import artefacts as a
 
@@ -302,6 +304,18 @@ def test_a_folder_named_like_a_version_is_none(data: Path) -> None:
     assert len(repository.versions("app", "x")) == 2
     repository.erase_all("app", "x")
     assert [*tree(data).values()] == [b"2"] and len(repository.versions("app", below)) == 1
+
+
+def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = a.Repository(data)
+    for number in range(9):
+        push(repository, "x", b"%d" % number)
+    assert len(repository._known) == 1  # and none of those that were replaced
+    monkeypatch.setattr(a, "KNOWN", 4)
+    for number in range(9):
+        push(repository, f"folder{number}/x", b"%d" % number)
+        assert len(repository._known) <= 4 and len(repository._durable_folders) <= 4
+    assert fetched(repository, "x") == b"8" and fetched(repository, "folder0/x") == b"0"
 
 
 def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None:
@@ -1348,6 +1362,14 @@ def test_pipelined_requests_are_performed_and_answered_in_order(program: Program
     assert [answer.status for answer in answers] == [201, 200, 200, 200, 200, 204, 404, 200, 201, 200]
     assert (answers[1].body, answers[4].headers["Content-Length"], answers[9].body) == (b"1", "2", b"333")
     assert answers[3].body == large
+
+
+def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
+    """waitress tells it where the client is gone at the moment that the refusal is sent to it."""
+    request: Any = a.Parser(Adjustments())
+    request.channel = SimpleNamespace()
+    request.received(b"\0\r\n\r\n")
+    assert request.completed and request.error and request.path == ""
 
 
 def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Program) -> None:

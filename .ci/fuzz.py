@@ -1,4 +1,6 @@
-"""Random bytes and random requests at a running server, outside CI: `python fuzz.py [seconds] [seed]`.
+"""Random bytes and random requests at a running server, outside CI:
+
+    PYTHONPATH=. python .ci/fuzz.py [seconds] [seed]
 
 Each client sends, over raw sockets, requests that are right, nearly right and wrong, in pieces and in
 rows, and cuts some of them short. The server must answer none of them with a 500, keep none waiting
