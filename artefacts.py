@@ -2409,6 +2409,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; any
 #   other answer is final. So a refusal comes before the body, from the code that would refuse it
 #   after; and what can be answered at once is, without a hand-over between threads.
+# - A file is sent by the kernel, from its cache to the socket (sendfile).
 # - A connection stays open after 204, 304 and chunked answers, which end by themselves.
 # - One that refused a body reads on for LINGER seconds: closed at once it would be reset, and the
 #   client might lose the answer (RFC 9112 §9.6).
@@ -2423,6 +2424,7 @@ REQUIRED = (
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
 HEAD = 16 * 1024  # bytes received at first: nearly every request's header, and small bodies
+MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 READS = 16  # further pieces of a body received in a turn: a turn costs as much as a piece
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
@@ -2569,7 +2571,7 @@ class Task(waitress.task.WSGITask):
         self.wrote_header, self.content_length = True, length
         if isinstance(body, File):
             body.prepare(int(length or 0))
-            channel.write_now(head, socket.MSG_MORE)
+            channel.write_now(head, MORE)
             channel.write_soon(body)  # which closes it
             self.handed_over = True
         elif isinstance(body, list):
