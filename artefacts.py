@@ -2415,7 +2415,8 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   client might lose the answer (RFC 9112 §9.6).
 
 REQUIRED = (
-    (waitress.channel.HTTPChannel, "received service handle_write handle_close send write_soon _flush_some"),
+    (waitress.channel.HTTPChannel, "received readable service handle_write handle_close send write_soon"),
+    (waitress.channel.HTTPChannel, "_flush_some total_outbufs_len"),
     (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
     (waitress.server.TcpWSGIServer, "add_task pull_trigger channel_class handle_accept"),
     (waitress.task.WSGITask, "execute get_environment service"),
@@ -2603,7 +2604,7 @@ class Channel(waitress.channel.HTTPChannel):
     def handle_read(self) -> None:
         super().handle_read()
         for _ in range(READS):
-            if self.request is None or not self.more:
+            if self.request is None or not self.more or not self.readable():
                 return
             try:
                 data = self.recv(self.adj.recv_bytes)
@@ -2628,9 +2629,10 @@ class Channel(waitress.channel.HTTPChannel):
         return received
 
     def serve_at_once(self) -> None:
-        """On the receiving thread: the answer, where there is one; else a worker's task."""
-        request = self.requests[0]
-        if request.error is None and request.answer is None and not request.first_look():
+        """On the receiving thread: the answer, where there is one; else a worker's task. It is also
+        where more is to be sent before or after it: that may have to wait for what this thread sends."""
+        request, waits = self.requests[0], len(self.requests) > 1 or self.total_outbufs_len
+        if waits or (request.error is None and request.answer is None and not request.first_look()):
             self.server.task_dispatcher.add_task(self)
         else:
             self.service()

@@ -1364,6 +1364,16 @@ def test_pipelined_requests_are_performed_and_answered_in_order(program: Program
     assert answers[3].body == large
 
 
+def test_pipelined_fetches_of_more_than_is_buffered_hold_nobody_up(tmp_path: Path) -> None:
+    path, content = "/artefacts/app/large", bytes(20 << 20)
+    with Program(tmp_path / "data") as program:
+        assert program.ask(put(path, content)).status == 201
+        with program.connect() as connection:
+            connection.send(head("GET", path) * 3)
+            assert program.get("/artefacts/app").status == 200
+            assert [connection.answer().body == content for _ in range(3)] == [True] * 3
+
+
 def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
     """waitress tells it where the client is gone at the moment that the refusal is sent to it."""
     request: Any = a.Parser(Adjustments())
