@@ -2604,7 +2604,7 @@ class Channel(waitress.channel.HTTPChannel):
     def handle_read(self) -> None:
         super().handle_read()
         for _ in range(READS):
-            if self.request is None or not self.more or not self.readable():
+            if self.request is None or not (self.more and self.connected and self.readable()):
                 return
             try:
                 data = self.recv(self.adj.recv_bytes)

@@ -224,6 +224,7 @@ def main(seconds: int, seed: int) -> int:
     troubles = [trouble for sender in senders for trouble in sender.troubles]
     memory = samples[-1][0] - samples[len(samples) // 4][0]
     troubles += [f"traceback:{end[-500:]}" for end in log.split("Traceback (most recent call last):")[1:]]
+    troubles += [line for line in log.splitlines() if "uncaptured" in line]  # waitress's word
     for trouble in troubles[:20]:
         print(trouble)
     print(f"seed {seed}, {seconds} s, {statuses.total()} answers, {len(troubles)} troubles; of each status:")
