@@ -199,17 +199,13 @@ class Artefact:
 
     @property
     def version(self) -> str:
-        return version_of(self.time)
+        """The instant at which it was stored, `20261123T014455.123456Z`; sorts by time."""
+        return f"{_second(self.time // 1_000_000)[0]}.{self.time % 1_000_000:06d}Z"
 
     @property
     def modified(self) -> str:
         """The same instant as RFC 3339 writes it, UTC."""
         return f"{_second(self.time // 1_000_000)[1]}.{self.time % 1_000_000:06d}Z"
-
-
-def version_of(time: int) -> str:
-    """What names the version stored at this instant: `20261123T014455.123456Z`; sorts by time."""
-    return f"{_second(time // 1_000_000)[0]}.{time % 1_000_000:06d}Z"
 
 
 def version_time(version: str) -> int:
@@ -453,6 +449,7 @@ class Upload:
 
     @property
     def pushed(self) -> bool:
+        """Whether it was moved to its name."""
         return self._fd >= 0 and not self._name
 
     def status(self) -> os.stat_result:
@@ -931,11 +928,12 @@ class Repository:
         except NotADirectoryError:
             raise _in_the_way(id) from None
         with folder as fd:
-            if made or _folder_identity(fd) not in self._durable_folders:
+            identity = _folder_identity(fd)
+            if made or identity not in self._durable_folders:
                 self.sync(parent)
                 if len(self._durable_folders) >= KNOWN:
                     self._durable_folders.clear()  # they are only synced once more
-                self._durable_folders.add(_folder_identity(fd))
+                self._durable_folders.add(identity)
             return folder.kept()
 
     def _look(self, directory: str, path: Sequence[str], id: str = "",
@@ -1180,7 +1178,7 @@ def http_seconds(field: str | None) -> int | None:
 def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
     """Whether an If-Match or If-None-Match names this entity tag, None where there is no
     representation (RFC 9110 §8.8.3.2). InvalidRequest where it is no list of entity tags."""
-    if field == etag:
+    if field == etag:  # what every revalidation sends
         return True
     if field.strip(" \t") == "*":
         return etag is not None
@@ -2108,8 +2106,12 @@ def problem(status: str, detail: str) -> bytes:
 
 
 def serialize_problem(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) -> None:
-    status = falcon.code_to_http_status(error.status_code)
-    resp.data = problem(status, error.description or DETAILS.get(error.status_code, status))
+    render_problem(resp, error.status_code, error.description or DETAILS.get(error.status_code))
+
+
+def render_problem(resp: falcon.Response, code: int, detail: str | None) -> None:
+    resp.status = status = falcon.code_to_http_status(code)
+    resp.data = problem(status, detail or status)
     resp.content_type = "application/problem+json"
     resp.set_headers({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
 
@@ -2130,10 +2132,8 @@ def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params:
         log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500])
     # Not raised as an HTTPError: Falcon keeps that in a cycle with its traceback, in which the connection
     # and what it received would be kept, too, until the garbage is collected.
-    refusal = falcon.HTTPError(status, description=detail)
-    resp.status = refusal.status
     resp.set_headers(dict(getattr(error, "headers", None) or {}))
-    serialize_problem(req, resp, refusal)
+    render_problem(resp, status, detail)
 
 
 # == Access: who may do what, and what holds for which directory ==================================
@@ -2286,9 +2286,9 @@ def number_of_versions(value: object) -> int:
     return ALL if value == "all" else int(str(value))
 
 
-def _of_type(type: type, told: str, pattern: str = ".+") -> Callable[[object], Any]:
+def _of_type(type: type, told: str) -> Callable[[object], Any]:
     def convert(value: object) -> object:
-        if not isinstance(value, type) or (type is str and not re.fullmatch(pattern, str(value))):
+        if not isinstance(value, type) or (type is str and not re.fullmatch(".+", str(value))):
             raise ValueError(f"{value!r} is not {told}")
         return value
 
@@ -2311,8 +2311,7 @@ def _digest(value: object) -> str:
 _NAME = _of_type(str, "a name")
 CONFIG: dict[str, dict[str, Callable[[Any], Any]]] = {
     "anonymous": {"read": _patterns, "write": _patterns},
-    "token": {"name": _NAME, "sha256": _digest,
-              "read": _patterns, "write": _patterns},
+    "token": {"name": _NAME, "sha256": _digest, "read": _patterns, "write": _patterns},
     "directory": {"name": _NAME, "write_once": _of_type(bool, "true or false"),
                   "keep_versions": number_of_versions, "max_size": number_of_bytes},
 }
