@@ -61,7 +61,7 @@ import tarfile
 import threading
 import time
 import tomllib
-from collections import deque
+import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,6 +73,7 @@ import falcon
 import waitress.buffers
 import waitress.channel
 import waitress.parser
+import waitress.receiver
 import waitress.server
 import waitress.task
 import waitress.wasyncore
@@ -90,7 +91,9 @@ PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memor
 HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them
 SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
 MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
-KNOWN = 32_768  # artefacts remembered in memory, some 20 MB
+SMALL = 64 * 1024  # bytes: an artefact that is not longer is read whole, and its bytes are remembered
+KNOWN = 32_768  # artefacts of which is remembered what is known of them, some 20 MB
+MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are remembered
 STALE = 20  # times that a name is looked up again, should its file be another one each time
 TICK = 20_000_000  # ns: the clock of a file's times is no coarser
 
@@ -313,9 +316,11 @@ class Content:
     """One open file, which stays what it is whatever happens to its name, and what is known of it.
     Whoever receives one closes it (or uses `with`)."""
 
-    def __init__(self, repository: Repository, artefact: Artefact, fd: int, status: os.stat_result) -> None:
+    def __init__(self, repository: Repository, artefact: Artefact, fd: int, status: os.stat_result,
+                 whole: bytes | None = None) -> None:
         self.artefact = artefact  # what is known without reading it: the digest may be None
         self._repository, self._fd, self.status = repository, fd, status
+        self._whole = whole
 
     def is_stamped(self) -> bool:
         """Whether a digest was ever stored with the file, be it of other bytes."""
@@ -339,6 +344,13 @@ class Content:
     def read(self, start: int, length: int) -> bytes:
         """At most `length` bytes from byte `start` on."""
         return os.pread(self._fd, length, start)
+
+    def whole(self) -> bytes:
+        """All of a SMALL one, which is remembered; Damaged where less is there."""
+        if self._whole is None:
+            self._whole = b"".join(self.pieces())
+            self._repository.keep_in_memory(self.artefact, self.status, self._whole)
+        return self._whole
 
     def pieces(self) -> Iterator[bytes]:
         """The whole; Damaged where less is there."""
@@ -513,6 +525,8 @@ class Repository:
         self._staged = itertools.count()
         self._token = secrets.token_hex(8)
         self._known: dict[tuple[int, ...], Artefact] = {}
+        self._small: dict[tuple[int, ...], Content] = {}
+        self._memory_left = MEMORY
         self._durable_folders: set[tuple[int, int]] = set()
         self.root = os.path.realpath(data)
         self._make_root()
@@ -544,11 +558,13 @@ class Repository:
                 if artefact is not None:
                     yield artefact
 
-    def fetch(self, directory: str, id: str, version: str | None = None) -> Content:
+    def fetch(self, directory: str, id: str, version: str | None = None, closed: bool = False) -> Content:
         """The artefact, open: the current one, or the version named. NotFound where it is not
-        there. The caller closes it."""
+        there. The caller closes it. `closed`: of a SMALL one that is the same file as when it was read,
+        what is remembered will do: its digest and its whole."""
         segments = check_names(directory, id)
-        current = self._current(directory, segments)
+        remembered = self._from_memory(directory, segments) if closed and version is None else None
+        current = remembered or self._current(directory, segments)
         if current is not None:
             if version is None or current.artefact.version == version:
                 return current
@@ -1009,6 +1025,29 @@ class Repository:
             self._known.clear()
         self._known[_identity(status)] = artefact
 
+    def keep_in_memory(self, artefact: Artefact, status: os.stat_result, whole: bytes) -> None:
+        """A small artefact's bytes, unless a change within one tick of the clock could hide."""
+        if artefact.sha256 is None or time.time_ns() < status.st_ctime_ns + TICK:
+            return
+        cost = len(whole) + 2048  # what is around them
+        if self._memory_left < cost:
+            self._small, self._memory_left = {}, MEMORY
+        self._memory_left -= cost
+        self._small[_identity(status)] = Content(self, artefact, -1, status, whole)
+
+    def _from_memory(self, directory: str, segments: Sequence[str]) -> Content | None:
+        """What is remembered of it, if its file is the same still; None also where it cannot be looked
+        at, for who opens it then meets the reason."""
+        try:
+            with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
+                status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return None
+        content = self._small.get(_identity(status))
+        if content is None or content.artefact.directory != directory:
+            return None
+        return content if content.artefact.id == "/".join(segments) else None
+
     def _known_as(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
         known = self._known.get(_identity(status))
         return known if known is not None and known.id == id and known.directory == directory else None
@@ -1364,7 +1403,6 @@ _json = json.encoder.encode_basestring_ascii
 
 # == Resources ====================================================================================
 
-SMALL = 32 * 1024  # bytes: what is not longer is read at once, what is longer is streamed
 FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "On waitress"
 
 
@@ -1534,7 +1572,7 @@ class ArtefactResource(Resource):
                 version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
             elif req.has_param("version"):
                 version, caching = req.get_param("version"), "max-age=31536000, immutable"
-        with self.repository.fetch(directory, id, version) as content:
+        with self.repository.fetch(directory, id, version, closed=True) as content:
             self._answer(req, resp, content, caching)
 
     on_head = on_get
@@ -1578,6 +1616,8 @@ class ArtefactResource(Resource):
             resp.set_header("Content-Range", f"bytes {start}-{start + length - 1}/{artefact.size}")
         if req.method == "HEAD":
             resp.content_length = length
+        elif artefact.size <= SMALL:
+            resp.data = content.whole()[start : start + length]
         elif length <= SMALL:
             resp.data = content.read(start, length)
         else:
@@ -2474,6 +2514,34 @@ class File(waitress.buffers.ReadOnlyFileBasedBuffer):
         self.start, self.remain = self.start + numbytes, self.remain - numbytes
 
 
+KNOWN_HEADER = 2048  # bytes of a header that is remembered
+OF_LINE = ("first_line", "command", "request_uri", "path", "query")
+ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
+
+
+def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
+    """What waitress makes of a header: its parser's attributes, and the environ but for the client's."""
+    parser = waitress.parser.HTTPRequestParser(server.adj)
+    try:
+        parser.parse_header(header)
+    except ValueError as error:  # of urlsplit, and of int with more than 4300 digits
+        raise waitress.parser.ParsingError("The header cannot be read") from error
+    parser.body_rcv = None
+    channel = types.SimpleNamespace(server=server, addr=("", 0), check_client_disconnected=None)
+    return vars(parser), waitress.task.WSGITask(channel, parser).get_environment()
+
+
+@functools.lru_cache(256)
+def parse_fields(server: Server, fields: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
+    return parse(server, b"GET / HTTP/1.1\r\n" + fields)
+
+
+@functools.lru_cache(2048)
+def parse_line(server: Server, line: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
+    attributes, environ = parse(server, line + b"\r\n\r\n")
+    return {name: attributes[name] for name in OF_LINE}, {name: environ[name] for name in ENVIRON_OF_LINE}
+
+
 class Parser(waitress.parser.HTTPRequestParser):
     """Receives one request: its body into an Upload, unless the header alone is answered."""
 
@@ -2483,18 +2551,31 @@ class Parser(waitress.parser.HTTPRequestParser):
     looked = False
     refused = False  # whether the answer came before the end of the body
     completed: bool
+    headers: dict[str, str]
 
     def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:  # of urlsplit, and of int with more than 4300 digits
-            raise waitress.parser.ParsingError("The header cannot be read") from error
+        server = self.channel.server
+        line, _, fields = header_plus.partition(b"\r\n")
+        self.first_line = line  # for the log, should the rest fail
+        if line.endswith(b" HTTP/1.1") and len(header_plus) <= KNOWN_HEADER:
+            (attributes, environ), by_line = parse_fields(server, fields), parse_line(server, line)
+            self.__dict__.update(attributes | by_line[0])
+            self.environ = environ | by_line[1] | self.channel.environ
+        else:
+            attributes, environ = parse(server, header_plus)
+            self.__dict__.update(attributes)
+            self.environ = environ | self.channel.environ
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             # RFC 9112 §6.1: what follows such a header could be taken for another request
             raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
-        if self.body_rcv is not None:
+        if self.chunked or self.content_length:
             limit = None if self.command in ("PUT", "POST") else PIECE  # of a push, the resource knows it
-            self.body_rcv.buf = Body(self.channel.server.repository.stage(limit))
+            body = Body(server.repository.stage(limit))
+            if self.chunked:
+                self.headers = dict(self.headers)  # waitress adds a length to them
+                self.body_rcv = waitress.receiver.ChunkedReceiver(body)
+            else:
+                self.body_rcv = waitress.receiver.FixedStreamReceiver(self.content_length, body)
 
     def received(self, data: bytes) -> int:
         in_header = not self.headers_finished
@@ -2516,27 +2597,29 @@ class Parser(waitress.parser.HTTPRequestParser):
                 return len(data)
         return consumed
 
+    def get_environment(self) -> WSGIEnvironment:
+        body = {
+            "wsgi.input": self.get_body_stream(),
+            "waitress.client_disconnected": self.channel.check_client_disconnected,
+        }
+        if self.chunked and "CONTENT_LENGTH" in self.headers:  # it was received to its end
+            body["CONTENT_LENGTH"] = self.headers["CONTENT_LENGTH"]
+        return self.environ | body
+
     def first_look(self) -> bool:
         """Whether the application has an answer already; it is kept in `answer`."""
-        environ = Task(self.channel, self).get_environment()
-        environ[FIRST_LOOK] = self.completed
-        answer = self.channel.server.ask(environ)
+        answer = self.channel.server.ask(self.get_environment() | {FIRST_LOOK: self.completed})
         if not answer[0].startswith("100"):
             self.answer = answer
         return self.answer is not None
 
 
-class Task(waitress.task.WSGITask):
+class Task(waitress.task.Task):
     """Answers one request, and tells the log."""
 
     handed_over = False
 
-    def get_environment(self) -> WSGIEnvironment:
-        environ: WSGIEnvironment = super().get_environment()
-        environ["wsgi.file_wrapper"] = File
-        return environ
-
-    def execute(self) -> None:
+    def service(self) -> None:
         request, channel = self.request, self.channel
         if request.error is not None:  # waitress's own refusals, told as all others are
             self.status = f"{request.error.code} {request.error.reason}"
@@ -2545,7 +2628,7 @@ class Task(waitress.task.WSGITask):
             body: Iterable[bytes] = [content]
             who = "-"
         else:
-            self.status, fields, body, who = request.answer or channel.server.ask(self.get_environment())
+            self.status, fields, body, who = request.answer or channel.server.ask(request.get_environment())
         try:
             self.write_answer(fields, body)
         finally:
@@ -2565,9 +2648,7 @@ class Task(waitress.task.WSGITask):
             fields.append(("connection", "keep-alive"))
         if chunked:
             fields.append(("transfer-encoding", "chunked"))
-        fields += (("date", http_date(int(time.time()))), ("server", channel.server.adj.ident))
-        lines = [f"HTTP/{self.version} {self.status}", *itertools.starmap(field_line, fields), "\r\n"]
-        head = "\r\n".join(lines).encode("latin-1")
+        head = header(f"HTTP/{self.version} {self.status}", *fields) % http_date(int(time.time())).encode()
         self.wrote_header, self.content_length = True, length
         if isinstance(body, File):
             body.prepare(int(length or 0))
@@ -2586,6 +2667,8 @@ class Task(waitress.task.WSGITask):
 class Channel(waitress.channel.HTTPChannel):
     """One connection."""
 
+    request: Parser | None
+    sent_continue: bool
     task_class = error_task_class = Task
     lingering = 0.0  # until when what arrives is thrown away
     turn = 0  # bytes sent in this turn
@@ -2594,6 +2677,11 @@ class Channel(waitress.channel.HTTPChannel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sendbuf_len = SEND
+        self.requests_lock = threading.RLock()  # `received` answers under it
+        self.environ = {
+            "REMOTE_ADDR": self.addr[0], "REMOTE_HOST": self.addr[0], "REMOTE_PORT": str(self.addr[1]),
+            "wsgi.file_wrapper": File,
+        }
 
     def parser_class(self, adj: Any) -> Parser:
         parser = Parser(adj)
@@ -2622,19 +2710,33 @@ class Channel(waitress.channel.HTTPChannel):
         if self.lingering:
             self.will_close |= time.time() > self.lingering
             return True
-        received: bool = super().received(data)
-        while self.server.at_once:  # not in super().received(), which holds the lock that service() takes
-            self.server.at_once.popleft().serve_at_once()
-        return received
+        with self.requests_lock:
+            if self.will_close or self.close_when_flushed:
+                return False
+            while data:
+                if self.request is None:
+                    self.request = self.parser_class(self.adj)
+                request = self.request
+                data = data[request.received(data) :]
+                if request.expect_continue and request.headers_finished:
+                    if not self.requests and not self.sent_continue:
+                        self.send_continue()
+                if request.completed:
+                    self.request, self.sent_continue = None, False
+                    if not request.empty:
+                        self.take(request)
+        return True
 
-    def serve_at_once(self) -> None:
-        """On the receiving thread: the answer, where there is one; else a worker's task. It is also
-        where more is to be sent before or after it: that may have to wait for what this thread sends."""
-        request, waits = self.requests[0], len(self.requests) > 1 or self.total_outbufs_len
-        if waits or (request.error is None and request.answer is None and not request.first_look()):
-            self.server.task_dispatcher.add_task(self)
-        else:
+    def take(self, request: Parser) -> None:
+        """Answers it at once, on the receiving thread, where that can be done; else it is a worker's."""
+        self.requests.append(request)
+        if len(self.requests) > 1:
+            return  # `service` comes to it
+        at_once = self.server.is_short(request) and not self.total_outbufs_len
+        if at_once and (request.error or request.answer or request.first_look()):
             self.service()
+        else:
+            self.server.task_dispatcher.add_task(self)
 
     def write_now(self, data: bytes, flags: int = 0) -> None:
         """Sends without a detour through buffers what the socket takes at once."""
@@ -2688,7 +2790,6 @@ class Server(waitress.server.TcpWSGIServer):
 
     def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
         self.repository, self.quiet = repository, quiet
-        self.at_once: deque[Channel] = deque()
         self.thread = threading.get_ident()
         super().__init__(app, **options)
 
@@ -2700,12 +2801,6 @@ class Server(waitress.server.TcpWSGIServer):
         body: Iterable[bytes] = self.application(environ, start_response)
         who = environ.get("artefacts.who", EVERYONE).name
         return started[0], started[1], body, who
-
-    def add_task(self, channel: Channel) -> None:
-        if threading.get_ident() == self.thread and self.is_short(channel.requests[0]):
-            self.at_once.append(channel)
-        else:
-            self.task_dispatcher.add_task(channel)
 
     def is_short(self, request: Parser) -> bool:
         """Whether the answer is there or may be had at once. What is durable has to be waited for."""
@@ -2732,8 +2827,14 @@ def escaped(text: str) -> str:
 
 
 @functools.lru_cache(1024)
+def header(line: str, *fields: tuple[str, str]) -> bytes:
+    """An answer's header, with %b for its date, and the names as people are used to read them."""
+    text = "\r\n".join([line, *itertools.starmap(field_line, fields)])
+    return text.replace("%", "%%").encode("latin-1") + b"\r\nDate: %b\r\nServer: artefacts\r\n\r\n"
+
+
+@functools.lru_cache(1024)
 def field_line(name: str, value: str) -> str:
-    """A line of an answer's header, its name as people are used to read it."""
     if "\n" in value or "\r" in value:
         raise ValueError(f"the field {name} has a line break in it")
     name = {"etag": "ETag", "www-authenticate": "WWW-Authenticate"}.get(name, name.title())

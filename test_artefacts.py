@@ -316,6 +316,62 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
         push(repository, f"folder{number}/x", b"%d" % number)
         assert len(repository._known) <= 4 and len(repository._durable_folders) <= 4
     assert fetched(repository, "x") == b"8" and fetched(repository, "folder0/x") == b"0"
+    monkeypatch.setattr(a, "MEMORY", 10_000)
+    repository = a.Repository(data)
+    time.sleep(2 * a.TICK / 1e9)
+    for number in range(9):
+        with repository.fetch("app", f"folder{number}/x", closed=True) as content:
+            assert content.digested() and content.whole() == b"%d" % number
+        assert len(repository._small) == number % 4 + 1
+
+
+CHANGES: dict[str, Callable[[Path, Path], object]] = {  # of a file beside which there is another one
+    "edited in place": lambda file, other: file.write_bytes(b"two"),
+    "another one under its name": lambda file, other: other.rename(file),
+    "deleted": lambda file, other: file.unlink(),
+    "moved": lambda file, other: file.rename(other),
+    "a link to it": lambda file, other: file.symlink_to(file.rename(other)),
+    "a link to its folder": lambda file, other: move_and_link(file.parent),
+    "a link to its directory": lambda file, other: move_and_link(file.parents[1]),
+}
+
+
+def move_and_link(folder: Path) -> None:
+    folder.symlink_to(folder.rename(folder.with_name("moved")))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_fetched_from_memory_is_what_is_on_the_disk(
+    data: Path, repository: a.Repository, change: str
+) -> None:
+    def fetched_from_memory() -> bytes:
+        with repository.fetch("app", "d/x", closed=True) as content:
+            assert content.digested().sha256 == sha256(content.whole())
+            return content.whole()
+
+    push(repository, "d/x", b"one")
+    time.sleep(2 * a.TICK / 1e9)
+    assert [fetched_from_memory() for _ in range(3)] == [b"one"] * 3 and len(repository._small) == 1
+    drop(data / "app/other", b"two", T3)
+    CHANGES[change](data / "app/d/x", data / "app/other")
+    if change in ("edited in place", "another one under its name"):
+        assert fetched_from_memory() == fetched(repository, "d/x") == b"two"
+    else:
+        with pytest.raises(a.NotFound):
+            fetched_from_memory()
+
+
+def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
+    data: Path, repository: a.Repository
+) -> None:
+    for number in range(20):
+        push(repository, "x", content := b"%02d" % number)
+        with repository.fetch("app", "x", closed=True) as current:
+            assert current.whole() == content
+        assert not repository._small
+        (data / "app/x").write_bytes(b"..")
+        with repository.fetch("app", "x", closed=True) as current:
+            assert current.whole() == b".."
 
 
 def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None:
@@ -1376,10 +1432,24 @@ def test_pipelined_fetches_of_more_than_is_buffered_hold_nobody_up(tmp_path: Pat
 
 def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
     """waitress tells it where the client is gone at the moment that the refusal is sent to it."""
-    request: Any = a.Parser(Adjustments())
-    request.channel = SimpleNamespace()
+    request: Any = a.Parser(adjustments := Adjustments())
+    request.channel = SimpleNamespace(server=SimpleNamespace(adj=adjustments))
     request.received(b"\0\r\n\r\n")
     assert request.completed and request.error and request.path == ""
+
+
+def test_what_is_remembered_of_a_header_is_of_that_header_alone(program: Program) -> None:
+    """Each pair of requests has the line, or the fields, or both in common."""
+    path, fields = "/artefacts/app/alike", (CHUNKED, "Content-Type: text/x-one")
+    with program.connect() as one, program.connect() as other:
+        for connection, content in itertools.product((one, other), (b"1", b"22", b"")):
+            answer = connection.ask(head("PUT", path, *fields) + pieces(content, 1))
+            assert b'"size": %d, "type": "text/x-one"' % len(content) in answer.body
+            assert other.ask(head("GET", path)).body == content
+            assert one.ask(head("GET", path, "Range: bytes=-1")).body == content[-1:]
+            assert b'"size": %d,' % len(content) in one.ask(head("GET", path + "?versions")).body
+            assert other.ask(head("DELETE", path)).status == 204
+            assert other.ask(head("GET", path)).is_problem(404)
 
 
 def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Program) -> None:
