@@ -418,6 +418,16 @@ class Upload:
             if self._hashing is None or self._hashing.done():
                 self._hashing = self._repository.hashers.submit(self._hash, self.size)
 
+    def write_from(self, pipe: int, size: int) -> None:
+        """Appends `size` bytes, which are in the pipe, to a file that is staged already: the kernel
+        moves them. What it does not move is written; it is that which raises, as `write`."""
+        limited = self.limit is not None and self.size + size > self.limit
+        with contextlib.suppress(OSError):
+            while size and not limited:
+                moved = os.splice(pipe, self._fd, size)
+                size, self.size = size - moved, self.size + moved
+        self.write(os.read(pipe, size))
+
     def read(self, size: int = -1) -> bytes:
         """What was written, from its start on; at most `size` bytes, all the rest where negative."""
         size = self.size - self._read if size < 0 else size
@@ -458,6 +468,11 @@ class Upload:
         """Renames the staged file to `name` in the open folder: the instant of the commit."""
         os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
         self._name = ""
+
+    @property
+    def staged(self) -> bool:
+        """Whether there is a file already."""
+        return self._fd >= 0
 
     @property
     def pushed(self) -> bool:
@@ -2477,9 +2492,12 @@ class Body:
         self.upload = upload
 
     def append(self, data: bytes) -> None:
+        self.attempt(self.upload.write, data)
+
+    def attempt(self, write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         if self.upload.fault is None:
             try:
-                self.upload.write(data)
+                write(*args, **kwargs)
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
 
@@ -2689,6 +2707,8 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
+        if self.splice():
+            return
         super().handle_read()
         for _ in range(READS):
             if self.request is None or not (self.more and self.connected and self.readable()):
@@ -2699,6 +2719,23 @@ class Channel(waitress.channel.HTTPChannel):
                 return
             if data:
                 self.received(data)
+
+    def splice(self) -> bool:
+        """Moves what has arrived of a large body into its file, past this process; whether there was
+        any. The end, of the body or of the connection, and errors are left to `recv`."""
+        body, pipe, moved = self.request and self.request.body_rcv, self.server.pipe, 0
+        if pipe is None or not isinstance(body, waitress.receiver.FixedStreamReceiver):
+            return False
+        upload = body.buf.upload
+        with contextlib.suppress(OSError):
+            while upload.staged and upload.fault is None and body.remain > PIECE and moved < READS * PIECE:
+                flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+                size = os.splice(self.socket.fileno(), pipe[1], PIECE, flags=flags)
+                if not size:
+                    break
+                body.buf.attempt(upload.write_from, pipe[0], size)
+                body.remain, moved, self.last_activity = body.remain - size, moved + size, time.time()
+        return moved > 0
 
     def recv(self, size: int) -> bytes:
         size = min(size, HEAD) if self.request is None else size  # who asks for less than comes asks again
@@ -2785,12 +2822,20 @@ class Channel(waitress.channel.HTTPChannel):
         super().handle_close()
 
 
+def make_pipe() -> tuple[int, int]:
+    pipe = os.pipe()
+    with contextlib.suppress(OSError):  # more than this user may have: a smaller one does, too
+        fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, PIECE)
+    return pipe
+
+
 class Server(waitress.server.TcpWSGIServer):
     channel_class = Channel
 
     def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
         self.repository, self.quiet = repository, quiet
         self.thread = threading.get_ident()
+        self.pipe = make_pipe() if hasattr(os, "splice") else None  # what is in it is taken out at once
         super().__init__(app, **options)
 
     def ask(self, environ: WSGIEnvironment) -> Answer:

@@ -325,6 +325,31 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
         assert len(repository._small) == number % 4 + 1
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="Linux only")
+@pytest.mark.parametrize("spliced", [True, False])
+def test_an_upload_takes_what_is_in_a_pipe(
+    repository: a.Repository, monkeypatch: pytest.MonkeyPatch, spliced: bool
+) -> None:
+    """Also where the file system cannot splice, and what is too much; nothing is left in the pipe."""
+    if not spliced:
+        monkeypatch.setattr(os, "splice", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "")))
+    pipe = os.pipe()
+    with a.Descriptor(pipe[0]), a.Descriptor(pipe[1]), repository.stage(a.PIECE + 90_000) as upload:
+        upload.write(bytes(a.PIECE + 1))
+        for content in b"1" * 50_000, b"2" * 30_000:
+            os.write(pipe[1], content)
+            upload.write_from(pipe[0], len(content))
+        os.write(pipe[1], b"3" * 10_000)
+        with pytest.raises(a.TooLarge):
+            upload.write_from(pipe[0], 10_000)
+        os.set_blocking(pipe[0], False)
+        with pytest.raises(BlockingIOError):
+            os.read(pipe[0], 1)
+        content = upload.read()
+        assert content == bytes(a.PIECE + 1) + b"1" * 50_000 + b"2" * 30_000
+        assert upload.digest() == sha256(content)
+
+
 CHANGES: dict[str, Callable[[Path, Path], object]] = {  # of a file beside which there is another one
     "edited in place": lambda file, other: file.write_bytes(b"two"),
     "another one under its name": lambda file, other: other.rename(file),
@@ -1775,6 +1800,20 @@ def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path)
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program, half_sent(program):
         assert program.stop() == 0
     assert not (tmp_path / "data/app").exists()
+
+
+def test_an_upload_lasts_as_long_as_anything_arrives(tmp_path: Path) -> None:
+    """A connection that is silent for waitress's timeout is closed; this one is not, and is slow."""
+    timeout = "artefacts.waitress.server.Adjustments."
+    code = IMPORT + f"{timeout}channel_timeout = 1; {timeout}cleanup_interval = 0; artefacts.main()"
+    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
+        with program.connect() as silent, program.connect() as connection:
+            connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 2000000") + bytes(1_000_000))
+            for _ in range(25):
+                time.sleep(0.1)
+                connection.send(bytes(4_000))
+            assert silent.ends()
+            assert connection.send(bytes(900_000)).answer().status == 201
 
 
 @pytest.mark.parametrize("options", [

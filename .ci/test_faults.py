@@ -894,6 +894,25 @@ def test_a_full_disk(disk: Path) -> None:
         assert client.ask("PUT", "app/old", body(20 * page)).status == 200
 
 
+def test_a_disk_that_fills_up_while_uploads_arrive(disk: Path) -> None:
+    """The rest of what there was no room for is found in no other upload."""
+    content = body(ROOM // 2)
+    head = f"PUT /artefacts/app/new HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    with serving(disk / "data") as server, server.client() as client:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
+                connection.sendall(head.encode() + content[: ROOM // 4])
+                until(lambda: free(disk) <= ROOM - ROOM // 4)
+                (disk / "filling").write_bytes(bytes(free(disk) - ROOM // 16))
+                connection.sendall(content[ROOM // 4 :])
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 507 ")
+            (disk / "filling").unlink()
+            until(lambda: left(disk / "data") == [])
+            assert client.ask("PUT", "app/new", content[::-1]).status in (200, 201)
+            assert client.ask("GET", "app/new").body == content[::-1]
+            assert client.ask("DELETE", "app/new").status == 204
+
+
 @pytest.mark.parametrize("expect", ["Expect: 100-continue\r\n", ""])
 def test_what_is_announced_and_has_no_room_is_refused_before_its_body(disk: Path, expect: str) -> None:
     with serving(disk / "data") as server:
