@@ -567,9 +567,15 @@ class Repository:
         with Descriptor(self._open_directory(directory)) as folder:
             for id, within, name in _walk(folder, "", prefix, after):
                 try:
-                    artefact = self._describe(directory, id, within, name, digests)
-                except FileNotFoundError:  # deleted meanwhile
-                    continue
+                    status = os.stat(name, dir_fd=within, follow_symlinks=False)
+                    artefact = self._known_as(directory, id, status)  # then it is not opened
+                except OSError:  # `_describe` meets it again
+                    artefact = None
+                if artefact is None or (digests and artefact.sha256 is None):
+                    try:
+                        artefact = self._describe(directory, id, within, name, digests)
+                    except FileNotFoundError:  # deleted meanwhile
+                        continue
                 if artefact is not None:
                     yield artefact
 
@@ -1070,11 +1076,7 @@ class Repository:
     @looking_again
     def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
         """An artefact by its name in an open folder; None where it is something else."""
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        known = self._known_as(directory, id, status)  # then it is not opened
-        if known is not None and (known.sha256 is not None or not digest):
-            return known
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
             return None
         with self._open(folder, name, directory, id) as content:
             return content.digested() if digest else content.artefact
@@ -1110,11 +1112,11 @@ def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[s
     """(id, the open folder it is in, name there) of every file below, in the order of the ids. Follows
     no link, and enters no folder in which no id can match."""
     with os.scandir(folder) as entries:
-        found = sorted(
+        found = [
             entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
             for entry in entries if SEGMENT.fullmatch(entry.name)
-        )
-    for name in found:
+        ]
+    for name in sorted(found):
         id = inside + name
         if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
             continue
@@ -1557,7 +1559,7 @@ class Directory(Resource):
             render_page(resp, directory_page(directory, found, here, following))
         else:
             base = base_of(req)
-            rows = ", ".join(row_json(artefact, base) for artefact in found)
+            rows = ", ".join(map(row_json, found, itertools.repeat(base)))
             more = f', "next": {_json(following)}' if following else ""
             render_json(resp, f'{{"directory": {_json(directory)}, "artefacts": [{rows}]{more}}}')
 
