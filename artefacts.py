@@ -540,6 +540,7 @@ class Repository:
         self._staged = itertools.count()
         self._token = secrets.token_hex(8)
         self._known: dict[tuple[int, ...], Artefact] = {}
+        self._listed: dict[tuple[int, ...], list[str]] = {}
         self._small: dict[tuple[int, ...], Content] = {}
         self._memory_left = MEMORY
         self._durable_folders: set[tuple[int, int]] = set()
@@ -565,7 +566,7 @@ class Repository:
         NotFound where it is missing. `digests`: compute those that are not known yet. Who does not
         read to the end closes it."""
         with Descriptor(self._open_directory(directory)) as folder:
-            for id, within, name in _walk(folder, "", prefix, after):
+            for id, within, name in self._walk(folder, "", prefix, after):
                 try:
                     status = os.stat(name, dir_fd=within, follow_symlinks=False)
                     artefact = self._known_as(directory, id, status)  # then it is not opened
@@ -628,11 +629,11 @@ class Repository:
         damage) or "new" (never digested). The digests of the last two are remembered."""
         for directory in self.directories():
             with contextlib.suppress(NotFound), Descriptor(self._open_directory(directory)) as folder:
-                for id, *_ in _walk(folder, "", "", ""):
+                for id, *_ in self._walk(folder, "", "", ""):
                     yield from self._verify(directory, id, None)
             with contextlib.suppress(FileNotFoundError):
                 with Descriptor(self._open_folder(directory, VERSIONS)) as folder:
-                    for path, *_ in _walk(folder, "", "", ""):
+                    for path, *_ in self._walk(folder, "", "", ""):
                         id, _, version = path.rpartition("/")
                         if id and VERSION.fullmatch(version):
                             yield from self._verify(directory, id, version)
@@ -1010,7 +1011,7 @@ class Repository:
         fd = os.open(name, READ, dir_fd=folder)
         try:
             status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode) and next(_walk(fd, "", "", ""), None) is None:
+            if stat.S_ISDIR(status.st_mode) and next(self._walk(fd, "", "", ""), None) is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             if not stat.S_ISREG(status.st_mode):
                 raise _in_the_way(id)
@@ -1021,6 +1022,38 @@ class Repository:
         except BaseException:
             os.close(fd)
             raise
+
+    def _walk(self, folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, str]]:
+        """(id, the open folder it is in, name there) of every file below, in the order of the ids.
+        Follows no link, and enters no folder in which no id can match."""
+        for name in self._names(folder):
+            id = inside + name
+            if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
+                continue
+            if name[-1] != "/":
+                if id.startswith(prefix) and id > after:
+                    yield id, folder, name
+            elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
+                    with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
+                        yield from self._walk(child, id, prefix, after)
+
+    def _names(self, folder: int) -> list[str]:
+        """What is in an open folder, sorted, with a slash behind a folder. Remembered as long as the
+        folder's own times tell that nothing came or went, if no tick of the clock can hide that."""
+        now, status = time.time_ns(), os.fstat(folder)
+        names = self._listed.get(identity := _identity(status))
+        if names is None:
+            with os.scandir(folder) as entries:
+                names = sorted([
+                    entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+                    for entry in entries if SEGMENT.fullmatch(entry.name)
+                ])
+            if now > status.st_ctime_ns + TICK and len(names) < KNOWN:
+                if sum(map(len, [*self._listed.values(), names])) >= KNOWN:
+                    self._listed.clear()
+                self._listed[identity] = names
+        return names
 
     # -- what is known of a file: in its attributes, and in memory in front of them --
 
@@ -1106,27 +1139,6 @@ def _write(fd: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _walk(folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, str]]:
-    """(id, the open folder it is in, name there) of every file below, in the order of the ids. Follows
-    no link, and enters no folder in which no id can match."""
-    with os.scandir(folder) as entries:
-        found = [
-            entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-            for entry in entries if SEGMENT.fullmatch(entry.name)
-        ]
-    for name in sorted(found):
-        id = inside + name
-        if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
-            continue
-        if name[-1] != "/":
-            if id.startswith(prefix) and id > after:
-                yield id, folder, name
-        elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
-                with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
-                    yield from _walk(child, id, prefix, after)
 
 
 def _remove(parent: int, name: str) -> None:

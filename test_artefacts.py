@@ -311,10 +311,16 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
     for number in range(9):
         push(repository, "x", b"%d" % number)
     assert len(repository._known) == 1  # and none of those that were replaced
+    time.sleep(2 * a.TICK / 1e9)
     monkeypatch.setattr(a, "KNOWN", 4)
     for number in range(9):
         push(repository, f"folder{number}/x", b"%d" % number)
         assert len(repository._known) <= 4 and len(repository._durable_folders) <= 4
+        assert [*repository.artefacts("app", prefix=f"folder{number}")]
+    time.sleep(2 * a.TICK / 1e9)
+    for number in range(9):
+        assert [*repository.artefacts("app", prefix=f"folder{number}")]
+        assert sum(map(len, repository._listed.values())) < 4
     assert fetched(repository, "x") == b"8" and fetched(repository, "folder0/x") == b"0"
     monkeypatch.setattr(a, "MEMORY", 10_000)
     repository = a.Repository(data)
@@ -397,6 +403,28 @@ def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
         (data / "app/x").write_bytes(b"..")
         with repository.fetch("app", "x", closed=True) as current:
             assert current.whole() == b".."
+
+
+@pytest.mark.parametrize("pause", [0, 2 * a.TICK / 1e9])
+def test_what_is_listed_is_what_is_on_the_disk(data: Path, repository: a.Repository, pause: float) -> None:
+    """After changes by hand that come at once, and after some that come when its names are remembered."""
+    app = data / "app"
+    changes: list[Callable[[], object]] = [
+        lambda: (app / "x").write_bytes(b"1"), lambda: (app / "x").rename(app / "y"),
+        lambda: (app / "d").mkdir(), lambda: (app / "y").rename(app / "d/y"),
+        lambda: (app / "d/y").write_bytes(b"22"), lambda: (app / "d").rename(app / "e"),
+        lambda: (app / "e/y").unlink(), lambda: (app / "e").rmdir(), lambda: (app / "e").write_bytes(b"3"),
+        lambda: app.rename(data / "b"), lambda: app.mkdir(), lambda: (app / "z").touch(),
+        lambda: (app / "z").unlink(), lambda: (app / "d").symlink_to(data / "b"),
+    ]  # fmt: skip
+    app.mkdir(parents=True)
+    for change in changes:
+        change()
+        found = {str(path.relative_to(app)) for path in app.rglob("*") if path.is_file()}
+        for _ in range(2 * app.exists()):
+            assert [artefact.id for artefact in repository.artefacts("app")] == sorted(found)
+            time.sleep(pause)
+    assert bool(repository._listed) == bool(pause)
 
 
 def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None:
