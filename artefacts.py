@@ -2762,9 +2762,7 @@ class Channel(waitress.channel.HTTPChannel):
             self.will_close |= time.time() > self.lingering
             return True
         with self.requests_lock:
-            if self.will_close or self.close_when_flushed:
-                return False
-            while data:
+            while data and not (self.will_close or self.close_when_flushed):
                 if self.request is None:
                     self.request = self.parser_class(self.adj)
                 request = self.request

@@ -1491,6 +1491,19 @@ def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
     assert request.completed and request.error and request.path == ""
 
 
+@pytest.mark.parametrize("last", [
+    head("GET", THERE, "Connection: close"), head("GET", THERE + "?versions", "Connection: close"),
+    head("GET", THERE, version="1.0"), b"nonsense\r\n\r\n",
+    put(THERE, b"another", "Connection: close", "If-None-Match: *"),
+    put(THERE, b"there", "Connection: close"),
+])  # fmt: skip
+def test_nothing_is_done_of_what_follows_the_last_request(program: Program, last: bytes) -> None:
+    with program.connect() as connection:
+        answer = connection.send(last + head("DELETE", THERE)).answer()
+        assert answer.headers["Connection"] == "close" and connection.ends()
+    assert program.get(THERE).body == b"there"
+
+
 def test_what_is_remembered_of_a_header_is_of_that_header_alone(program: Program) -> None:
     """Each pair of requests has the line, or the fields, or both in common."""
     path, fields = "/artefacts/app/alike", (CHUNKED, "Content-Type: text/x-one")
