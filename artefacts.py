@@ -66,7 +66,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import falcon
@@ -2492,9 +2492,8 @@ REQUIRED = (
 )
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
-HEAD = 16 * 1024  # bytes received at first: nearly every request's header, and small bodies
 MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
-READS = 16  # further pieces of a body received in a turn: a turn costs as much as a piece
+READS = 16  # pieces of a body received in a turn: a turn costs as much as a piece
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
@@ -2525,25 +2524,24 @@ class Body:
         self.upload.close()
 
 
-class Part(NamedTuple):
-    """Of an open file."""
-
-    fd: int
-    start: int
-    length: int
-
-
 class File(waitress.buffers.ReadOnlyFileBasedBuffer):
-    """A file on its way out, from its position on. It is not read: the kernel sends the parts got of it."""
+    """A file on its way out, from its position on. It is not read: the channel has the kernel send it."""
 
     def prepare(self, size: int) -> None:
         self.start, self.remain = self.file.tell(), size
 
-    def get(self, numbytes: int, skip: bool = False) -> Part:
-        return Part(self.file.fileno(), self.start, min(numbytes, self.remain))
+    def get(self, numbytes: int, skip: bool = False) -> File:
+        return self
 
     def skip(self, numbytes: int, allow_prune: bool = False) -> None:
         self.start, self.remain = self.start + numbytes, self.remain - numbytes
+
+    def send(self, to: int) -> int:
+        """How much the socket took; OSError, BlockingIOError among them."""
+        sent = os.sendfile(to, self.file.fileno(), self.start, min(SEND, self.remain))
+        if not sent:  # it was cut short in place; waitress would try for ever
+            raise OSError(errno.EIO, "the file ended before its length")
+        return sent
 
 
 KNOWN_HEADER = 2048  # bytes of a header that is remembered
@@ -2704,7 +2702,6 @@ class Channel(waitress.channel.HTTPChannel):
     task_class = error_task_class = Task
     lingering = 0.0  # until when what arrives is thrown away
     turn = 0  # bytes sent in this turn
-    more = False  # whether the last piece was a full one, so that more may be there
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -2721,18 +2718,13 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
-        if self.splice():
-            return
-        super().handle_read()
-        for _ in range(READS):
-            if self.request is None or not (self.more and self.connected and self.readable()):
-                return
-            try:
-                data = self.recv(self.adj.recv_bytes)
-            except BlockingIOError:
-                return
-            if data:
-                self.received(data)
+        if not self.splice():
+            super().handle_read()
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(READS):
+                if self.request is None or not (self.connected and self.readable()):
+                    break
+                self.received(self.recv(self.adj.recv_bytes))
 
     def splice(self) -> bool:
         """Moves what has arrived of a large body into its file, past this process; whether there was
@@ -2750,12 +2742,6 @@ class Channel(waitress.channel.HTTPChannel):
                 body.buf.attempt(upload.write_from, pipe[0], size)
                 body.remain, moved, self.last_activity = body.remain - size, moved + size, time.time()
         return moved > 0
-
-    def recv(self, size: int) -> bytes:
-        size = min(size, HEAD) if self.request is None else size  # who asks for less than comes asks again
-        data: bytes = super().recv(size)
-        self.more = len(data) == size
-        return data
 
     def received(self, data: bytes) -> bool:
         if self.lingering:
@@ -2813,32 +2799,20 @@ class Channel(waitress.channel.HTTPChannel):
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
 
-    def send(self, data: bytes | Part, do_close: bool = True) -> int:
+    def send(self, data: bytes | File, do_close: bool = True) -> int:
         if self.turn > TURN:
             return 0
-        if isinstance(data, bytes):
-            sent: int = super().send(data, do_close)
-        else:
-            try:
-                sent = os.sendfile(self.socket.fileno(), data.fd, data.start, data.length)
-            except BlockingIOError:
-                return 0
-            if not sent:  # it was cut short in place; waitress would try for ever
-                raise OSError(errno.EIO, "the file ended before its length")
+        try:
+            sent = data.send(self.socket.fileno()) if isinstance(data, File) else super().send(data, do_close)
+        except BlockingIOError:
+            return 0
         self.turn += sent
-        return sent
+        return int(sent)
 
     def handle_close(self) -> None:
         if self.request is not None:
             self.request.close()  # an upload broken off
         super().handle_close()
-
-
-def make_pipe() -> tuple[int, int]:
-    pipe = os.pipe()
-    with contextlib.suppress(OSError):  # more than this user may have: a smaller one does, too
-        fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, PIECE)
-    return pipe
 
 
 class Server(waitress.server.TcpWSGIServer):
@@ -2847,7 +2821,7 @@ class Server(waitress.server.TcpWSGIServer):
     def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
         self.repository, self.quiet = repository, quiet
         self.thread = threading.get_ident()
-        self.pipe = make_pipe() if hasattr(os, "splice") else None  # what is in it is taken out at once
+        self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
         super().__init__(app, **options)
 
     def ask(self, environ: WSGIEnvironment) -> Answer:
@@ -2908,7 +2882,7 @@ def make_server(app: WSGIApplication, repository: Repository, options: argparse.
     """A waitress server, listening; its own kind where waitress has what that relies on."""
     settings: dict[str, Any] = {
         "host": options.host, "port": options.port, "threads": options.threads, "ident": "artefacts",
-        "recv_bytes": 128 * 1024, "asyncore_use_poll": True, "connection_limit": connection_limit(),
+        "recv_bytes": 64 * 1024, "asyncore_use_poll": True, "connection_limit": connection_limit(),
         "max_request_body_size": 1 << 62, "max_request_header_size": 64 * 1024,
         "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
     }
