@@ -680,7 +680,8 @@ class Repository:
             upload.seal(staged)  # an identical push waits for no disk
         # Under the lock there is as little as can be: after each system call a thread waits for the
         # interpreter, and all others for the lock.
-        bare = not self.keeps(directory) and not self._kept(directory, segments)
+        bare = not self.keeps(directory)
+        bare = bare and not (self._has_versions(directory) and self._kept(directory, segments))
         with (lock := self._lock(directory, wait)):
             there, current = self._look_into(directory, segments)
             with there or contextlib.nullcontext(), current or contextlib.nullcontext():
@@ -838,6 +839,15 @@ class Repository:
                 return _microseconds(os.fstat(kept))
         except FileNotFoundError:
             return -1
+
+    @looking_again
+    def _has_versions(self, directory: str) -> bool:
+        """Whether the directory keeps, or ever kept, versions of anything."""
+        try:
+            os.lstat(f"{self.root}/{directory}/{VERSIONS}")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     @looking_again
     def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
