@@ -580,12 +580,13 @@ class Repository:
                 if artefact is not None:
                     yield artefact
 
-    def fetch(self, directory: str, id: str, version: str | None = None, closed: bool = False) -> Content:
+    def fetch(self, directory: str, id: str, version: str | None = None,
+              from_memory: bool = False) -> Content:
         """The artefact, open: the current one, or the version named. NotFound where it is not
-        there. The caller closes it. `closed`: of a SMALL one that is the same file as when it was read,
-        what is remembered will do: its digest and its whole."""
+        there. The caller closes it. `from_memory`: of a SMALL one that is still the same file as when
+        it was read, the digest and the whole, which are remembered, will do; it may not be open."""
         segments = check_names(directory, id)
-        remembered = self._from_memory(directory, segments) if closed and version is None else None
+        remembered = self._from_memory(directory, segments) if from_memory and version is None else None
         current = remembered or self._current(directory, segments)
         if current is not None:
             if version is None or current.artefact.version == version:
@@ -1480,10 +1481,19 @@ class Resource:
         body = req.env["wsgi.input"]
         if isinstance(body, Upload):
             body.verify(length, None)
+        stored, refused = self._push_parts(files_of_form(req, length), directory, id)
+        if not stored and not refused:
+            raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
+        resp.status = falcon.code_to_http_status(refused[0]["status"] if refused else 201)
+        self._tell_pushed(req, resp, directory, stored, refused)
+
+    def _push_parts(self, files: Iterator[tuple[str, str, Iterator[bytes]]], directory: str,
+                    id: str | None) -> tuple[list[Artefact], list[dict[str, Any]]]:
+        """What was stored, and of what was not: id, status, detail."""
         stored: list[Artefact] = []
         refused: list[dict[str, Any]] = []
         try:
-            for name, type, content in files_of_form(req, length):
+            for name, type, content in files:
                 try:
                     stored.append(self._push_part(directory, id or name, type, content))
                 except (ArtefactsError, OSError) as error:
@@ -1492,23 +1502,23 @@ class Resource:
         except falcon.HTTPError as error:
             detail = f"The form cannot be read from here on ({error.description}). Send it again."
             refused.append({"id": None, "status": 400, "detail": detail})
+        return stored, refused
+
+    def _tell_pushed(self, req: falcon.Request, resp: falcon.Response, directory: str,
+                     stored: Sequence[Artefact], refused: Sequence[Mapping[str, Any]]) -> None:
         base = base_of(req)
-        rows = ", ".join(artefact_json(artefact, base) for artefact in stored)
-        text = f'"directory": {_json(directory)}, "artefacts": [{rows}], "refused": {json.dumps(refused)}}}'
-        if not stored and not refused:
-            raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
-        if format_of(req) == "html":  # likewise
+        if format_of(req) == "html":  # a person's browser, without its script
             if not refused:
                 raise falcon.HTTPSeeOther(href(base, directory))
-            resp.status = falcon.code_to_http_status(refused[0]["status"])
             render_page(resp, refusals_page(directory, refused, base))
-        elif refused:
-            resp.status = falcon.code_to_http_status(refused[0]["status"])
+            return
+        rows = ", ".join(artefact_json(artefact, base) for artefact in stored)
+        text = f'"directory": {_json(directory)}, "artefacts": [{rows}], "refused": {json.dumps(refused)}}}'
+        if refused:
             detail = f"{len(stored)} stored, {len(refused)} refused: 'refused' tells which, and why."
-            text = problem(str(resp.status), detail).decode().rstrip("}\n") + ", " + text
-            render_json(resp, text, "application/problem+json")
+            start = problem(str(resp.status), detail).decode().rstrip("}\n")
+            render_json(resp, f"{start}, {text}", "application/problem+json")
         else:
-            resp.status = falcon.HTTP_201
             render_json(resp, "{" + text)
 
     def _push_part(self, directory: str, id: str, type: str, content: Iterable[bytes]) -> Artefact:
@@ -1611,7 +1621,7 @@ class ArtefactResource(Resource):
                 version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
             elif req.has_param("version"):
                 version, caching = req.get_param("version"), "max-age=31536000, immutable"
-        with self.repository.fetch(directory, id, version, closed=True) as content:
+        with self.repository.fetch(directory, id, version, from_memory=True) as content:
             self._answer(req, resp, content, caching)
 
     on_head = on_get
@@ -1672,7 +1682,7 @@ class ArtefactResource(Resource):
             end_first_look(req)
             version, check = req.get_param("restore") or "", self._check(req, directory, id)
             restored, _ = self.repository.restore(directory, id, version, check=check)
-            if format_of(req) == "html":  # a person's browser, without its script
+            if format_of(req) == "html":  # likewise
                 raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
             self._tell_stored(req, resp, restored, created=True)
         elif is_form(req):
@@ -2482,7 +2492,9 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 # attributes that waitress does not document (REQUIRED); they have not changed since 2012.
 #
 # - A body is received into an `Upload` (`HTTPRequestParser.body_rcv.buf`): written once, beside
-#   the data, and hashed meanwhile, so that the commit is a rename.
+#   the data, and hashed meanwhile, so that the commit is a rename. Of a large one, the kernel moves
+#   the bytes from the socket to the file (splice).
+# - A header is parsed once: clients send the same fields again and again.
 # - A first look: as soon as a request's header is there, the application is called with
 #   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; any
 #   other answer is final. So a refusal comes before the body, from the code that would refuse it
@@ -2493,17 +2505,24 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   client might lose the answer (RFC 9112 §9.6).
 
 REQUIRED = (
-    (waitress.channel.HTTPChannel, "received readable service handle_write handle_close send write_soon"),
-    (waitress.channel.HTTPChannel, "_flush_some total_outbufs_len"),
+    (waitress.channel.HTTPChannel, "received readable service handle_read handle_write handle_close send"),
+    (waitress.channel.HTTPChannel, "write_soon send_continue sent_continue _flush_some total_outbufs_len"),
+    (waitress.channel.HTTPChannel, "request will_close close_when_flushed task_class error_task_class"),
     (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
-    (waitress.server.TcpWSGIServer, "add_task pull_trigger channel_class handle_accept"),
-    (waitress.task.WSGITask, "execute get_environment service"),
+    (waitress.parser.HTTPRequestParser, "headers_finished expect_continue chunked content_length completed"),
+    (waitress.receiver.FixedStreamReceiver, "received completed"),
+    (waitress.receiver.ChunkedReceiver, "received completed control_line trailer"),
+    (waitress.server.TcpWSGIServer, "pull_trigger channel_class handle_accept"),
+    (waitress.task.WSGITask, "get_environment service close_on_finish wrote_header"),
     (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
 )
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
 MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 READS = 16  # pieces of a body received in a turn: a turn costs as much as a piece
+KNOWN_HEADER = 2048  # bytes of a header that is remembered
+OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
+ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
@@ -2554,11 +2573,6 @@ class File(waitress.buffers.ReadOnlyFileBasedBuffer):
         return sent
 
 
-KNOWN_HEADER = 2048  # bytes of a header that is remembered
-OF_LINE = ("first_line", "command", "request_uri", "path", "query")
-ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
-
-
 def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
     """What waitress makes of a header: its parser's attributes, and the environ but for the client's."""
     parser = waitress.parser.HTTPRequestParser(server.adj)
@@ -2573,11 +2587,13 @@ def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironmen
 
 @functools.lru_cache(256)
 def parse_fields(server: Server, fields: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
+    """As `parse`; what is of the line besides (OF_LINE, ENVIRON_OF_LINE) is of some other."""
     return parse(server, b"GET / HTTP/1.1\r\n" + fields)
 
 
 @functools.lru_cache(2048)
 def parse_line(server: Server, line: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
+    """What takes the place of that."""
     attributes, environ = parse(server, line + b"\r\n\r\n")
     return {name: attributes[name] for name in OF_LINE}, {name: environ[name] for name in ENVIRON_OF_LINE}
 
@@ -2598,13 +2614,12 @@ class Parser(waitress.parser.HTTPRequestParser):
         line, _, fields = header_plus.partition(b"\r\n")
         self.first_line = line  # for the log, should the rest fail
         if line.endswith(b" HTTP/1.1") and len(header_plus) <= KNOWN_HEADER:
-            (attributes, environ), by_line = parse_fields(server, fields), parse_line(server, line)
-            self.__dict__.update(attributes | by_line[0])
-            self.environ = environ | by_line[1] | self.channel.environ
+            by_fields, by_line = parse_fields(server, fields), parse_line(server, line)
+            attributes, environ = by_fields[0] | by_line[0], by_fields[1] | by_line[1]
         else:
             attributes, environ = parse(server, header_plus)
-            self.__dict__.update(attributes)
-            self.environ = environ | self.channel.environ
+        self.__dict__.update(attributes)
+        self.environ = environ | self.channel.environ
         if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
             # RFC 9112 §6.1: what follows such a header could be taken for another request
             raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")

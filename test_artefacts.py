@@ -326,7 +326,7 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
     repository = a.Repository(data)
     time.sleep(2 * a.TICK / 1e9)
     for number in range(9):
-        with repository.fetch("app", f"folder{number}/x", closed=True) as content:
+        with repository.fetch("app", f"folder{number}/x", from_memory=True) as content:
             assert content.digested() and content.whole() == b"%d" % number
         assert len(repository._small) == number % 4 + 1
 
@@ -376,7 +376,7 @@ def test_what_is_fetched_from_memory_is_what_is_on_the_disk(
     data: Path, repository: a.Repository, change: str
 ) -> None:
     def fetched_from_memory() -> bytes:
-        with repository.fetch("app", "d/x", closed=True) as content:
+        with repository.fetch("app", "d/x", from_memory=True) as content:
             assert content.digested().sha256 == sha256(content.whole())
             return content.whole()
 
@@ -397,11 +397,11 @@ def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
 ) -> None:
     for number in range(20):
         push(repository, "x", content := b"%02d" % number)
-        with repository.fetch("app", "x", closed=True) as current:
+        with repository.fetch("app", "x", from_memory=True) as current:
             assert current.whole() == content
         assert not repository._small
         (data / "app/x").write_bytes(b"..")
-        with repository.fetch("app", "x", closed=True) as current:
+        with repository.fetch("app", "x", from_memory=True) as current:
             assert current.whole() == b".."
 
 
