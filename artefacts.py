@@ -869,7 +869,8 @@ class Repository:
             with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
                 mark = os.fstat(kept).st_mtime_ns
                 for version in versions:
-                    os.unlink(version, dir_fd=kept)
+                    with contextlib.suppress(FileNotFoundError):  # a hand removed it
+                        os.unlink(version, dir_fd=kept)
                 os.utime(kept, ns=(mark, mark))
                 self.sync(kept)
             self._trim(directory, VERSIONS, *segments)
@@ -888,7 +889,8 @@ class Repository:
                 try:
                     os.rmdir(names[depth], dir_fd=parent)
                 except OSError as error:
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    # ENOENT: a hand removed it, or it is missing on one of GlusterFS's replicas only.
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                         return
                     raise
 

@@ -405,6 +405,33 @@ def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
             assert current.whole() == b".."
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_what_is_gone_already_need_not_be_removed(
+    data: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """By a hand; or GlusterFS says so, of a folder that one of its replicas does not know yet."""
+
+    def gone(call: Callable[..., None]) -> Callable[..., None]:
+        def called(name: str, *, dir_fd: int | None = None) -> None:
+            if done:
+                with contextlib.suppress(OSError):  # not empty
+                    call(name, dir_fd=dir_fd)
+            told.append(name)
+            raise FileNotFoundError(errno.ENOENT, "", name)
+
+        return called
+
+    told: list[str] = []
+    repository = a.Repository(data, keep_versions=1)
+    first, second = push(repository, "d/x", b"1").version, push(repository, "d/x", b"2").version
+    monkeypatch.setattr(os, "unlink", gone(os.unlink))
+    monkeypatch.setattr(os, "rmdir", gone(os.rmdir))
+    push(repository, "d/x", b"3")
+    assert told == [first, "x"] and fetched(repository, "d/x") == b"3"
+    repository.erase("app", "d/x", second)
+    assert told == [first, "x", second, "x"]
+
+
 @pytest.mark.parametrize("pause", [0, 2 * a.TICK / 1e9])
 def test_what_is_listed_is_what_is_on_the_disk(data: Path, repository: a.Repository, pause: float) -> None:
     """After changes by hand that come at once, and after some that come when its names are remembered."""
