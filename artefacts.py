@@ -2849,6 +2849,9 @@ class Server(waitress.server.TcpWSGIServer):
         self.repository, self.quiet = repository, quiet
         self.thread = threading.get_ident()
         self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
+        if self.pipe is not None:
+            with contextlib.suppress(OSError):  # a user may have so much in pipes; a smaller one does, too
+                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIECE)
         super().__init__(app, **options)
 
     def ask(self, environ: WSGIEnvironment) -> Answer:
