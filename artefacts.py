@@ -2522,7 +2522,7 @@ LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
 MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 READS = 16  # pieces of a body received in a turn: a turn costs as much as a piece
-KNOWN_HEADER = 2048  # bytes of a header that is remembered
+KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
 OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
 ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
 TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
@@ -2587,13 +2587,13 @@ def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironmen
     return vars(parser), waitress.task.WSGITask(channel, parser).get_environment()
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(128)
 def parse_fields(server: Server, fields: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
     """As `parse`; what is of the line besides (OF_LINE, ENVIRON_OF_LINE) is of some other."""
     return parse(server, b"GET / HTTP/1.1\r\n" + fields)
 
 
-@functools.lru_cache(2048)
+@functools.lru_cache(1024)
 def parse_line(server: Server, line: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
     """What takes the place of that."""
     attributes, environ = parse(server, line + b"\r\n\r\n")
@@ -2615,7 +2615,7 @@ class Parser(waitress.parser.HTTPRequestParser):
         server = self.channel.server
         line, _, fields = header_plus.partition(b"\r\n")
         self.first_line = line  # for the log, should the rest fail
-        if line.endswith(b" HTTP/1.1") and len(header_plus) <= KNOWN_HEADER:
+        if line.endswith(b" HTTP/1.1") and len(line) <= KNOWN_LINE and len(fields) <= KNOWN_FIELDS:
             by_fields, by_line = parse_fields(server, fields), parse_line(server, line)
             attributes, environ = by_fields[0] | by_line[0], by_fields[1] | by_line[1]
         else:
@@ -2705,7 +2705,9 @@ class Task(waitress.task.Task):
             fields.append(("connection", "keep-alive"))
         if chunked:
             fields.append(("transfer-encoding", "chunked"))
-        head = header(f"HTTP/{self.version} {self.status}", *fields) % http_date(int(time.time())).encode()
+        fields += (("date", http_date(int(time.time()))), ("server", channel.server.adj.ident))
+        lines = [f"HTTP/{self.version} {self.status}", *itertools.starmap(field_line, fields), "\r\n"]
+        head = "\r\n".join(lines).encode("latin-1")
         self.wrote_header, self.content_length = True, length
         if isinstance(body, File):
             body.prepare(int(length or 0))
@@ -2888,14 +2890,8 @@ def escaped(text: str) -> str:
 
 
 @functools.lru_cache(1024)
-def header(line: str, *fields: tuple[str, str]) -> bytes:
-    """An answer's header, with %b for its date, and the names as people are used to read them."""
-    text = "\r\n".join([line, *itertools.starmap(field_line, fields)])
-    return text.replace("%", "%%").encode("latin-1") + b"\r\nDate: %b\r\nServer: artefacts\r\n\r\n"
-
-
-@functools.lru_cache(1024)
 def field_line(name: str, value: str) -> str:
+    """A line of an answer's header, its name as people are used to read it."""
     if "\n" in value or "\r" in value:
         raise ValueError(f"the field {name} has a line break in it")
     name = {"etag": "ETag", "www-authenticate": "WWW-Authenticate"}.get(name, name.title())
