@@ -2515,7 +2515,7 @@ REQUIRED = (
     (waitress.receiver.FixedStreamReceiver, "received completed"),
     (waitress.receiver.ChunkedReceiver, "received completed control_line trailer"),
     (waitress.server.TcpWSGIServer, "pull_trigger channel_class handle_accept"),
-    (waitress.task.WSGITask, "get_environment service close_on_finish wrote_header"),
+    (waitress.task.WSGITask, "get_environment service execute close_on_finish wrote_header"),
     (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
 )
 LINGER = 30  # seconds
@@ -2676,7 +2676,7 @@ class Task(waitress.task.Task):
 
     handed_over = False
 
-    def service(self) -> None:
+    def execute(self) -> None:
         request, channel = self.request, self.channel
         if request.error is not None:  # waitress's own refusals, told as all others are
             self.status = f"{request.error.code} {request.error.reason}"
