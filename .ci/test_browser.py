@@ -9,13 +9,17 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -83,6 +87,10 @@ class Program:
     def listing(self, directory: str) -> list[str]:
         return [artefact["id"] for artefact in json.loads(self.get(directory) or b"{}").get("artefacts", [])]
 
+    def incoming(self) -> set[str]:
+        """The uploads that it is staging now."""
+        return {path.name for path in (self.data / ".incoming").iterdir()}
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
@@ -126,6 +134,40 @@ def elsewhere(page: str, type: str) -> Iterator[tuple[str, list[str]]]:
         finally:
             server.shutdown()
             thread.join()
+
+
+class Narrow(ThreadingTCPServer):
+    """A line to the program that is slow upwards.
+
+    The browser's own throttling may send to its end what was cancelled."""
+
+    daemon_threads = True
+
+    def __init__(self, program: Program, bytes_per_second: float) -> None:
+        """This is the speed of each connection, until `bytes_per_second` is set to another."""
+        super().__init__(("127.0.0.1", 0), BaseRequestHandler, bind_and_activate=False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # lest all wait in the kernel
+        self.server_bind()
+        self.server_activate()
+        self.program = program
+        self.bytes_per_second = bytes_per_second
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/artefacts/"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        host, port = self.program.address.split(":")
+        with socket.create_connection((host, int(port))) as onward:
+            threading.Thread(target=self.back, args=(onward, request)).start()
+            with contextlib.suppress(OSError):  # one of them has gone
+                while piece := request.recv(8192):
+                    onward.sendall(piece)
+                    time.sleep(len(piece) / self.bytes_per_second)
+                onward.shutdown(socket.SHUT_RDWR)
+
+    def back(self, onward: socket.socket, request: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := onward.recv(65536):
+                request.sendall(piece)
+            request.shutdown(socket.SHUT_WR)
 
 
 class Browser:
@@ -187,13 +229,6 @@ class Browser:
     def drop(self, *files: tuple[str, str] | tuple[str, str, int]) -> None:
         self.run(DROP, self.find("#upload"), [(*file, 1)[:3] for file in files])
 
-    def slow(self, bytes_per_second: int) -> None:
-        """How fast it uploads from now on; -1: as fast as can be."""
-        self.driver.execute_cdp_cmd("Network.enable", {})
-        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {
-            "offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": bytes_per_second,
-        })  # fmt: skip
-
     def requested(self) -> set[str]:
         """The origins of all that was requested since this was last asked."""
         events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
@@ -232,7 +267,6 @@ def browser(started: Browser, program: Program) -> Iterator[Browser]:
     """The browser, on a window of its usual size; after the test: nothing was requested from elsewhere."""
     started.requested()
     yield started
-    started.slow(-1)
     assert started.requested() <= {program.address}
 
 
@@ -248,6 +282,18 @@ def apart(tmp_path: Path) -> Iterator[Browser]:
     """Another browser, for a test that has it ask elsewhere."""
     with chromium(tmp_path / "profile", {}) as browser:
         yield browser
+
+
+@pytest.fixture
+def narrow(program: Program) -> Iterator[Narrow]:
+    with Narrow(program, 1_000_000) as line:
+        thread = threading.Thread(target=line.serve_forever)
+        thread.start()
+        try:
+            yield line
+        finally:
+            line.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -347,12 +393,12 @@ def test_no_folder_leads_out_of_the_directory(browser: Browser, program: Program
 
 
 def test_progress_is_shown_three_go_at_a_time_and_each_can_be_cancelled(
-    browser: Browser, program: Program, directory: str
+    apart: Browser, program: Program, directory: str, narrow: Narrow
 ) -> None:
+    browser = apart
     program.put(f"{directory}/there")
-    browser.open(program.url + directory)
-    browser.slow(300_000)
-    browser.drop(*((f"{number}.bin", "x", 1_500_000) for number in range(5)))
+    browser.open(narrow.url + directory)
+    browser.drop(*((f"{number}.bin", "x", 16_000_000) for number in range(5)))
     browser.until(lambda: sum("/s" in text for text in browser.texts("#uploads span")) == 3)
     assert browser.texts("#uploads span")[3:] == ["waiting", "waiting"]
     bars = browser.run("return [...document.querySelectorAll('progress')].map(bar => bar.value)")
@@ -361,12 +407,12 @@ def test_progress_is_shown_three_go_at_a_time_and_each_can_be_cancelled(
     assert browser.find("progress").accessible_name == "0.bin"
     bar = "return document.querySelector('#uploads li:not([class]) progress').value"
     for _ in range(4):
-        # One that has only just begun the browser may send to its end, cancelled or not.
-        browser.until(lambda: browser.run(bar) > 0.1)
+        browser.until(lambda: browser.run(bar) > 0)
         browser.press("Cancel", browser.find("#uploads"))
-    browser.slow(-1)
+    narrow.bytes_per_second = math.inf
     browser.until(lambda: "4.bin" in browser.names())
     assert browser.texts("#uploads span") == ["cancelled"] * 4 + ["stored"]
+    browser.until(lambda: not program.incoming())
     assert program.listing(directory) == ["4.bin", "there"]
 
 
