@@ -2811,8 +2811,14 @@ class Channel(waitress.channel.HTTPChannel):
         self.write_soon(data)
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        with self.outbuf_lock:  # else a worker's 100 Continue might be sent by this thread and that
-            return bool(super()._flush_some(do_close))
+        """As waitress's, but for a worker's 100 Continue: that holds no lock, and closes a connection that
+        this thread may be at work on, or finds it closed."""
+        with self.outbuf_lock:
+            try:
+                return self.connected and bool(super()._flush_some(do_close and self.server.is_ours()))
+            except OSError:
+                self.will_close = True
+                return False
 
     def handle_write(self) -> None:
         self.turn = 0
@@ -2824,9 +2830,10 @@ class Channel(waitress.channel.HTTPChannel):
         self.half_close()
 
     def half_close(self) -> None:
-        if self.lingering and self.connected and not self.requests and not self.total_outbufs_len:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
+        if self.lingering:
+            with self.outbuf_lock, contextlib.suppress(OSError):
+                if self.connected and not self.requests and not self.total_outbufs_len:
+                    self.socket.shutdown(socket.SHUT_WR)
 
     def send(self, data: bytes | File, do_close: bool = True) -> int:
         if self.turn > TURN:
@@ -2871,8 +2878,12 @@ class Server(waitress.server.TcpWSGIServer):
             return True
         return not self.repository.durable and request.body_rcv.buf.upload.size <= PIECE
 
+    def is_ours(self) -> bool:
+        """Whether this thread is the receiving one, which alone closes connections."""
+        return threading.get_ident() == self.thread
+
     def pull_trigger(self) -> None:
-        if threading.get_ident() != self.thread:  # which comes round to its loop by itself
+        if not self.is_ours():  # that one comes round to its loop by itself
             super().pull_trigger()
 
     def log_request(self, task: Task, who: str) -> None:

@@ -35,6 +35,7 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
 import pytest
+import waitress.wasyncore
 from falcon import testing
 from waitress.adjustments import Adjustments
 
@@ -1516,6 +1517,41 @@ def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
     request.channel = SimpleNamespace(server=SimpleNamespace(adj=adjustments))
     request.received(b"\0\r\n\r\n")
     assert request.completed and request.error and request.path == ""
+
+
+@pytest.mark.parametrize("goes", ["before", "then"])
+def test_a_worker_that_finds_a_connection_gone_leaves_it_to_the_receiving_thread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, goes: str
+) -> None:
+    """Its 100 Continue is what waitress lets it send without a lock."""
+    options = a.parse_options(["--port", "0", "--quiet"])
+    repository = a.Repository(tmp_path / "data")
+    server = a.make_server(a.application(repository, a.Settings()), repository, options)
+
+    def turn() -> list[a.Channel]:
+        waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
+        return [*server.active_channels.values()]
+
+    try:
+        with socket.create_connection(("127.0.0.1", server.effective_port)) as client:
+            client.sendall(head("PUT", THERE, "Content-Length: 1"))
+            while not (channels := turn()) or channels[0].request is None:
+                pass
+            (channel,) = channels
+            if goes == "before":
+                channel.handle_close()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        channel.lingering = time.time() + 9
+        with ThreadPoolExecutor(1) as worker:
+            worker.submit(channel.send_continue).result()
+            worker.submit(channel.half_close).result()
+        assert [*server.active_channels.values()] == ([channel] if goes == "then" else [])
+        while turn():
+            pass
+        assert not caplog.records
+    finally:
+        server.task_dispatcher.shutdown()
+        waitress.wasyncore.close_all(server._map)
 
 
 @pytest.mark.parametrize("last", [
