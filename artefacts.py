@@ -200,6 +200,9 @@ class Artefact:
     type: str
     sha256: str | None  # hex
 
+    def is_named(self, directory: str, id: str) -> bool:
+        return self.id == id and self.directory == directory
+
     @property
     def version(self) -> str:
         """The instant at which it was stored, `20261123T014455.123456Z`; sorts by time."""
@@ -257,6 +260,7 @@ def type_of(id: str, announced: str | None = None) -> str:
 # == The repository ===============================================================================
 
 P = ParamSpec("P")
+K = TypeVar("K")
 T = TypeVar("T")
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -310,6 +314,23 @@ class Descriptor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Bounded(dict[K, T]):
+    """What is remembered: when it would cost more than `limit`, all is forgotten, and it begins anew."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = self.left = limit
+
+    def keep(self, key: K, value: T, cost: int = 1) -> None:
+        """Unless it costs too much all alone."""
+        if cost > self.left:
+            self.clear()
+            self.left = self.limit
+        if cost <= self.left:
+            self.left -= cost
+            self[key] = value
 
 
 class Content:
@@ -539,11 +560,10 @@ class Repository:
         self.hashers = ThreadPoolExecutor(os.cpu_count(), "sha256")
         self._staged = itertools.count()
         self._token = secrets.token_hex(8)
-        self._known: dict[tuple[int, ...], Artefact] = {}
-        self._listed: dict[tuple[int, ...], list[str]] = {}
-        self._small: dict[tuple[int, ...], Content] = {}
-        self._memory_left = MEMORY
-        self._durable_folders: set[tuple[int, int]] = set()
+        self._known = Bounded[tuple[int, ...], Artefact](KNOWN)
+        self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
+        self._small = Bounded[tuple[int, ...], Content](MEMORY)
+        self._durable_folders = Bounded[tuple[int, int], None](KNOWN)
         self.root = os.path.realpath(data)
         self._make_root()
         for name in (INCOMING, LOCKS, TRASH):
@@ -567,16 +587,7 @@ class Repository:
         read to the end closes it."""
         with Descriptor(self._open_directory(directory)) as folder:
             for id, within, name in self._walk(folder, "", prefix, after):
-                try:
-                    status = os.stat(name, dir_fd=within, follow_symlinks=False)
-                    artefact = self._known_as(directory, id, status)  # then it is not opened
-                except OSError:  # `_describe` meets it again
-                    artefact = None
-                if artefact is None or (digests and artefact.sha256 is None):
-                    try:
-                        artefact = self._describe(directory, id, within, name, digests)
-                    except FileNotFoundError:  # deleted meanwhile
-                        continue
+                artefact = self._describe(directory, id, within, name, digests)
                 if artefact is not None:
                     yield artefact
 
@@ -586,7 +597,7 @@ class Repository:
         there. The caller closes it. `from_memory`: of a SMALL one that is still the same file as when
         it was read, the digest and the whole, which are remembered, will do; it may not be open."""
         segments = check_names(directory, id)
-        remembered = self._from_memory(directory, segments) if from_memory and version is None else None
+        remembered = self._from_memory(directory, id, segments) if from_memory and version is None else None
         current = remembered or self._current(directory, segments)
         if current is not None:
             if version is None or current.artefact.version == version:
@@ -681,8 +692,7 @@ class Repository:
             upload.seal(staged)  # an identical push waits for no disk
         # Under the lock there is as little as can be: after each system call a thread waits for the
         # interpreter, and all others for the lock.
-        bare = not self.keeps(directory)
-        bare = bare and not (self._has_versions(directory) and self._kept(directory, segments))
+        versioned = self._is_versioned(directory, segments)
         with (lock := self._lock(directory, wait)):
             there, current = self._look_into(directory, segments)
             with there or contextlib.nullcontext(), current or contextlib.nullcontext():
@@ -692,11 +702,11 @@ class Repository:
                         staged = current.artefact
                         current.sync()  # who dropped the file in by hand may not have
                     else:
-                        staged = self._replace(upload, staged, current, folder, segments, bare)
+                        staged = self._replace(upload, staged, current, folder, segments, versioned)
                     lock.close()  # so that the fsyncs of many pushes overlap
                     self.sync(folder)
                 if upload.pushed:
-                    self._learn(upload.status(), staged)
+                    self._known.keep(_identity(upload.status()), staged)
                     if current is not None:
                         self._known.pop(_identity(current.status), None)
         return staged, current is None
@@ -789,11 +799,10 @@ class Repository:
             return _same(current, staged)
 
     def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
-                 segments: Sequence[str], bare: bool) -> Artefact:
-        """Puts the upload in the place of what is current, as a version later than all others. `bare`:
-        there are no earlier ones, and none will come."""
+                 segments: Sequence[str], versioned: bool) -> Artefact:
+        """Puts the upload in the place of what is current, as a version later than all others."""
         directory, keep = staged.directory, self.keeps(staged.directory)
-        kept = [] if bare or keep == ALL else self._kept(directory, segments)
+        kept = [] if not versioned or keep == ALL else self._kept(directory, segments)
         newest = max(
             -1 if current is None else current.artefact.time,
             version_time(kept[-1]) if kept else -1,
@@ -842,13 +851,15 @@ class Repository:
             return -1
 
     @looking_again
-    def _has_versions(self, directory: str) -> bool:
-        """Whether the directory keeps, or ever kept, versions of anything."""
+    def _is_versioned(self, directory: str, segments: Sequence[str]) -> bool:
+        """Whether there are earlier versions of it, or what is replaced now becomes one."""
+        if self.keeps(directory):
+            return True
         try:
-            os.lstat(f"{self.root}/{directory}/{VERSIONS}")
+            os.lstat(f"{self.root}/{directory}/{VERSIONS}")  # the less to be opened, as a rule
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return True
+        return bool(self._kept(directory, segments))
 
     @looking_again
     def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
@@ -982,9 +993,7 @@ class Repository:
             identity = _folder_identity(fd)
             if made or identity not in self._durable_folders:
                 self.sync(parent)
-                if len(self._durable_folders) >= KNOWN:
-                    self._durable_folders.clear()  # they are only synced once more
-                self._durable_folders.add(identity)
+                self._durable_folders.keep(identity, None)
             return folder.kept()
 
     def _look(self, directory: str, path: Sequence[str], id: str = "",
@@ -1062,10 +1071,8 @@ class Repository:
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                     for entry in entries if SEGMENT.fullmatch(entry.name)
                 ])
-            if now > status.st_ctime_ns + TICK and len(names) < KNOWN:
-                if sum(map(len, [*self._listed.values(), names])) >= KNOWN:
-                    self._listed.clear()
-                self._listed[identity] = names
+            if now > status.st_ctime_ns + TICK:
+                self._listed.keep(identity, names, len(names) + 1)
         return names
 
     # -- what is known of a file: in its attributes, and in memory in front of them --
@@ -1076,7 +1083,7 @@ class Repository:
         if known is None:
             sha256, type = _read_attributes(fd, id, status)
             known = Artefact(directory, id, status.st_size, _microseconds(status), type, sha256)
-            self._learn(status, known)
+            self._known.keep(_identity(status), known)
         return known
 
     def remember(self, fd: int, artefact: Artefact) -> None:
@@ -1085,24 +1092,15 @@ class Repository:
         with contextlib.suppress(OSError):
             _write_digest(fd, artefact)
         status = os.fstat(fd)
-        self._learn(status, replace(artefact, time=_microseconds(status)))
-
-    def _learn(self, status: os.stat_result, artefact: Artefact) -> None:
-        if len(self._known) >= KNOWN:
-            self._known.clear()
-        self._known[_identity(status)] = artefact
+        self._known.keep(_identity(status), replace(artefact, time=_microseconds(status)))
 
     def keep_in_memory(self, artefact: Artefact, status: os.stat_result, whole: bytes) -> None:
         """A small artefact's bytes, unless a change within one tick of the clock could hide."""
-        if artefact.sha256 is None or time.time_ns() < status.st_ctime_ns + TICK:
-            return
-        cost = len(whole) + 2048  # what is around them
-        if self._memory_left < cost:
-            self._small, self._memory_left = {}, MEMORY
-        self._memory_left -= cost
-        self._small[_identity(status)] = Content(self, artefact, -1, status, whole)
+        if artefact.sha256 is not None and time.time_ns() >= status.st_ctime_ns + TICK:
+            content = Content(self, artefact, -1, status, whole)
+            self._small.keep(_identity(status), content, len(whole) + 2048)  # what is around them
 
-    def _from_memory(self, directory: str, segments: Sequence[str]) -> Content | None:
+    def _from_memory(self, directory: str, id: str, segments: Sequence[str]) -> Content | None:
         """What is remembered of it, if its file is the same still; None also where it cannot be looked
         at, for who opens it then meets the reason."""
         try:
@@ -1111,21 +1109,26 @@ class Repository:
         except OSError:
             return None
         content = self._small.get(_identity(status))
-        if content is None or content.artefact.directory != directory:
-            return None
-        return content if content.artefact.id == "/".join(segments) else None
+        return content if content is not None and content.artefact.is_named(directory, id) else None
 
     def _known_as(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
         known = self._known.get(_identity(status))
-        return known if known is not None and known.id == id and known.directory == directory else None
+        return known if known is not None and known.is_named(directory, id) else None
 
     @looking_again
     def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
-        """An artefact by its name in an open folder; None where it is something else."""
-        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        """An artefact by its name in an open folder; None where it is gone, or something else."""
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            known = self._known_as(directory, id, status)
+            if known is not None and (known.sha256 is not None or not digest):
+                return known  # and the file need not be opened
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            with self._open(folder, name, directory, id) as content:
+                return content.digested() if digest else content.artefact
+        except (FileNotFoundError, Conflict):
             return None
-        with self._open(folder, name, directory, id) as content:
-            return content.digested() if digest else content.artefact
 
 
 def _now() -> int:

@@ -312,8 +312,9 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
     for number in range(9):
         push(repository, "x", b"%d" % number)
     assert len(repository._known) == 1  # and none of those that were replaced
-    time.sleep(2 * a.TICK / 1e9)
     monkeypatch.setattr(a, "KNOWN", 4)
+    repository = a.Repository(data)
+    time.sleep(2 * a.TICK / 1e9)
     for number in range(9):
         push(repository, f"folder{number}/x", b"%d" % number)
         assert len(repository._known) <= 4 and len(repository._durable_folders) <= 4
