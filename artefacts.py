@@ -2528,7 +2528,8 @@ READS = 16  # pieces of a body received in a turn: a turn costs as much as a pie
 KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
 OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
 ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
-TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
+TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
+PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
 
@@ -2750,8 +2751,9 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
-        if not self.splice():
-            super().handle_read()
+        if self.splice():
+            return
+        super().handle_read()
         with contextlib.suppress(BlockingIOError):
             for _ in range(READS):
                 if self.request is None or not (self.connected and self.readable()):
@@ -2766,9 +2768,9 @@ class Channel(waitress.channel.HTTPChannel):
             return False
         upload = body.buf.upload
         with contextlib.suppress(OSError):
-            while upload.staged and upload.fault is None and body.remain > PIECE and moved < READS * PIECE:
-                flags = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
-                size = os.splice(self.socket.fileno(), pipe[1], PIECE, flags=flags)
+            while upload.staged and upload.fault is None and body.remain > 1 and moved < TURN:
+                size = min(PIPE, body.remain - 1)  # with the last byte, the parser finds the end
+                size = os.splice(self.socket.fileno(), pipe[1], size, flags=os.SPLICE_F_NONBLOCK)
                 if not size:
                     break
                 body.buf.attempt(upload.write_from, pipe[0], size)
@@ -2863,7 +2865,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
         if self.pipe is not None:
             with contextlib.suppress(OSError):  # a user may have so much in pipes; a smaller one does, too
-                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIECE)
+                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIPE)
         super().__init__(app, **options)
 
     def ask(self, environ: WSGIEnvironment) -> Answer:
