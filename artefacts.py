@@ -2524,7 +2524,6 @@ REQUIRED = (
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
 MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
-READS = 16  # pieces of a body received in a turn: a turn costs as much as a piece
 KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
 OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
 ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
@@ -2751,14 +2750,8 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
-        if self.splice():
-            return
-        super().handle_read()
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(READS):
-                if self.request is None or not (self.connected and self.readable()):
-                    break
-                self.received(self.recv(self.adj.recv_bytes))
+        if not self.splice():
+            super().handle_read()
 
     def splice(self) -> bool:
         """Moves what has arrived of a large body into its file, past this process; whether there was
