@@ -66,7 +66,7 @@ def tree(path: Path) -> dict[str, bytes]:
     """What is below: each file, link (its target) and empty folder (with a slash); without the lock
     files and without the repository's own folders where they are empty."""
     found = {}
-    for file in path.rglob("*"):
+    for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if name.startswith(".locks/"):
             continue
@@ -2226,7 +2226,8 @@ def app(data: Path) -> testing.TestClient:
 
 def stored(data: Path, directory: str = "app") -> dict[str, bytes]:
     below = data / directory
-    return {str(file.relative_to(below)): file.read_bytes() for file in below.rglob("*") if file.is_file()}
+    files = sorted(file for file in below.rglob("*") if file.is_file())
+    return {str(file.relative_to(below)): file.read_bytes() for file in files}
 
 
 def ids(answer: dict[str, Any]) -> list[str]:
