@@ -94,6 +94,7 @@ MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below P
 SMALL = 64 * 1024  # bytes: an artefact that is not longer is read whole, and its bytes are remembered
 KNOWN = 32_768  # artefacts of which is remembered what is known of them, some 20 MB
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are remembered
+SCANS = 5  # times that a folder is read which changes meanwhile
 STALE = 20  # times that a name is looked up again, should its file be another one each time
 TICK = 20_000_000  # ns: the clock of a file's times is no coarser
 
@@ -1061,18 +1062,28 @@ class Repository:
                         yield from self._walk(child, id, prefix, after)
 
     def _names(self, folder: int) -> list[str]:
-        """What is in an open folder, sorted, with a slash behind a folder. Remembered as long as the
-        folder's own times tell that nothing came or went, if no tick of the clock can hide that."""
-        now, status = time.time_ns(), os.fstat(folder)
-        names = self._listed.get(identity := _identity(status))
-        if names is None:
+        """What is in an open folder, sorted, with a slash behind a folder, and maybe what just went.
+
+        Read again where it changed meanwhile: btrfs does not show a name that is replaced after the folder
+        was opened. Remembered as long as the folder's own times tell that nothing came or went, if no
+        tick of the clock can hide that."""
+        found: set[str] = set()
+        for scan in range(SCANS):
+            now, status = time.time_ns(), os.fstat(folder)
+            names = self._listed.get(identity := _identity(status))
+            if names is not None:
+                return names
             with os.scandir(folder) as entries:
-                names = sorted([
+                found.update(
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                     for entry in entries if SEGMENT.fullmatch(entry.name)
-                ])
-            if now > status.st_ctime_ns + TICK:
-                self._listed.keep(identity, names, len(names) + 1)
+                )
+            settled = now > status.st_ctime_ns + TICK
+            if _identity(os.fstat(folder)) == identity and (settled or scan):
+                break
+        names = sorted(found)
+        if settled and not scan:
+            self._listed.keep(identity, names, len(names) + 1)
         return names
 
     # -- what is known of a file: in its attributes, and in memory in front of them --

@@ -307,6 +307,28 @@ def test_a_folder_named_like_a_version_is_none(data: Path) -> None:
     assert [*tree(data).values()] == [b"2"] and len(repository.versions("app", below)) == 1
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_name_that_is_replaced_while_its_folder_is_read_is_listed(
+    repository: a.Repository, monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    """As on btrfs, which shows no name that was made after the folder was opened."""
+    for id in "xy":
+        push(repository, id, b"old")
+    if settled:
+        time.sleep(2 * a.TICK / 1e9)
+    scandir = os.scandir
+
+    def without_x(folder: int) -> Any:
+        monkeypatch.setattr(os, "scandir", scandir)
+        push(repository, "x", b"new")
+        return contextlib.nullcontext([entry for entry in scandir(folder) if entry.name != "x"])
+
+    monkeypatch.setattr(os, "scandir", without_x)
+    for _ in range(2):
+        assert [artefact.id for artefact in repository.artefacts("app")] == ["x", "y"]
+    assert os.scandir is scandir
+
+
 def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = a.Repository(data)
     for number in range(9):
