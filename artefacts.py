@@ -1082,7 +1082,7 @@ class Repository:
             if _identity(os.fstat(folder)) == identity and (settled or scan):
                 break
         names = sorted(found)
-        if settled and not scan:
+        if not scan:
             self._listed.keep(identity, names, len(names) + 1)
         return names
 
@@ -2521,14 +2521,15 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   client might lose the answer (RFC 9112 §9.6).
 
 REQUIRED = (
-    (waitress.channel.HTTPChannel, "received readable service handle_read handle_write handle_close send"),
+    (waitress.channel.HTTPChannel, "received service handle_read handle_write handle_close send"),
     (waitress.channel.HTTPChannel, "write_soon send_continue sent_continue _flush_some total_outbufs_len"),
     (waitress.channel.HTTPChannel, "request will_close close_when_flushed task_class error_task_class"),
+    (waitress.channel.HTTPChannel, "requests requests_lock outbuf_lock sendbuf_len last_activity addr"),
     (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
     (waitress.parser.HTTPRequestParser, "headers_finished expect_continue chunked content_length completed"),
-    (waitress.receiver.FixedStreamReceiver, "received completed"),
-    (waitress.receiver.ChunkedReceiver, "received completed control_line trailer"),
-    (waitress.server.TcpWSGIServer, "pull_trigger channel_class handle_accept"),
+    (waitress.receiver.FixedStreamReceiver, "received completed remain buf"),
+    (waitress.receiver.ChunkedReceiver, "received completed control_line trailer buf"),
+    (waitress.server.TcpWSGIServer, "pull_trigger channel_class task_dispatcher active_channels"),
     (waitress.task.WSGITask, "get_environment service execute close_on_finish wrote_header"),
     (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
 )
@@ -2820,8 +2821,8 @@ class Channel(waitress.channel.HTTPChannel):
         self.write_soon(data)
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        """As waitress's, but for a worker's 100 Continue: that holds no lock, and closes a connection that
-        this thread may be at work on, or finds it closed."""
+        """Under the lock, which waitress's sending of a 100 Continue does not take. A worker that sends it
+        may find the connection closed, and must not close it: the receiving thread is at work on it."""
         with self.outbuf_lock:
             try:
                 return self.connected and bool(super()._flush_some(do_close and self.server.is_ours()))
@@ -2934,11 +2935,16 @@ def make_server(app: WSGIApplication, repository: Repository, options: argparse.
     }
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
     required = ((of, name) for of, names in REQUIRED for name in names.split())
-    missing = [f"{of.__name__}.{name}" for of, name in required if not hasattr(of, name)]
+    missing = [f"{of.__name__}.{name}" for of, name in required if lacks(of, name)]
     if missing:
         log.warning("this waitress lacks %s: large uploads and small fetches are slower", ", ".join(missing))
         return waitress.server.create_server(app, **settings)
     return Server(app, repository, options.quiet, **settings)
+
+
+def lacks(of: type, name: str) -> bool:
+    """Whether its objects have no such attribute, neither from it nor from its `__init__`."""
+    return not hasattr(of, name) and name not in of.__init__.__code__.co_names  # type: ignore[misc]
 
 
 def connection_limit() -> int:

@@ -1929,6 +1929,20 @@ def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path)
     assert not (tmp_path / "data/app").exists()
 
 
+def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp_path: Path) -> None:
+    relied = "((artefacts.waitress.channel.HTTPChannel, 'requests teleport'),)"
+    code = IMPORT + f"artefacts.REQUIRED += {relied}; artefacts.main()"
+    path, body = "/artefacts/app/x", os.urandom(3_000_000)
+    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
+        assert "waitress lacks HTTPChannel.teleport: " in program.log.read_text()
+        os.truncate(program.log, 0)  # nothing else comes into it
+        assert program.ask(put(path, body)).status == 201
+        assert program.get(path).body == body
+        assert program.get(path, "Range: bytes=5-9").body == body[5:10]
+        assert program.ask(head("PUT", path, CHUNKED) + pieces(b"333", 2)).status == 200
+        assert program.get(path).body == b"333"
+
+
 def test_an_upload_lasts_as_long_as_anything_arrives(tmp_path: Path) -> None:
     """A connection that is silent for waitress's timeout is closed; this one is not, and is slow."""
     timeout = "artefacts.waitress.server.Adjustments."
