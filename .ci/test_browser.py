@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socketserver import BaseRequestHandler, ThreadingTCPServer
+from socketserver import BaseRequestHandler, TCPServer, ThreadingTCPServer
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -107,6 +107,19 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 
 @contextlib.contextmanager
+def at_work(server: TCPServer) -> Iterator[None]:
+    """Has it serve, on a thread of its own, until the end of the `with`; then it is closed."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
 def elsewhere(page: str, type: str) -> Iterator[tuple[str, list[str]]]:
     """Another server, which answers everything with this page: its URL, and the requests that it saw."""
     seen: list[str] = []
@@ -125,15 +138,9 @@ def elsewhere(page: str, type: str) -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/", seen
-        finally:
-            server.shutdown()
-            thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with at_work(server):
+        yield f"http://127.0.0.1:{server.server_port}/", seen
 
 
 class Narrow(ThreadingTCPServer):
@@ -286,14 +293,9 @@ def apart(tmp_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture
 def narrow(program: Program) -> Iterator[Narrow]:
-    with Narrow(program, 1_000_000) as line:
-        thread = threading.Thread(target=line.serve_forever)
-        thread.start()
-        try:
-            yield line
-        finally:
-            line.shutdown()
-            thread.join()
+    line = Narrow(program, 1_000_000)
+    with at_work(line):
+        yield line
 
 
 @pytest.fixture
