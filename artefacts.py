@@ -102,6 +102,7 @@ SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}"
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:[ \t]*;[\x20-\x7e\t]{0,200})?", re.A)
+log = logging.getLogger("artefacts")
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 MICROSECOND = datetime.timedelta(microseconds=1)
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, beyond which no date is written
@@ -219,9 +220,15 @@ def version_time(version: str) -> int:
     """The µs since the epoch that a version's name stands for; NotFound where it is none."""
     with contextlib.suppress(ValueError):
         if VERSION.fullmatch(version):
-            at = datetime.datetime.strptime(version, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=datetime.UTC)
-            return (at - EPOCH) // MICROSECOND
+            return (datetime.datetime.fromisoformat(version) - EPOCH) // MICROSECOND
     raise NotFound(f"'{version}' is not a version; ?versions lists them.")
+
+
+def _is_version(name: str) -> bool:
+    try:
+        return version_time(name) >= 0
+    except NotFound:
+        return False
 
 
 def check_segment(name: str, what: str) -> str:
@@ -358,9 +365,7 @@ class Content:
             # A change within one tick of the file system's clock would bear the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
             self.artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
-            after = os.fstat(self._fd)
-            if (after.st_size, after.st_mtime_ns) == (self.status.st_size, self.status.st_mtime_ns):
-                self._repository.remember(self._fd, artefact)
+            self._repository.remember(self._fd, artefact, self.status)
         return artefact
 
     def read(self, start: int, length: int) -> bytes:
@@ -412,7 +417,8 @@ def no_check(current: Content | None) -> None:
 class Upload:
     """Bytes on their way in: in memory while they are few, then in a named file of `.incoming/`
     (btrfs before Linux 6.15.3 does not sync files without a name), hashed behind the writer's
-    back. Whoever asked for it closes it; closing discards what was not pushed."""
+    back. It is pushed once, and of no use afterwards (ValueError). Whoever asked for it closes it;
+    closing discards what was not pushed."""
 
     def __init__(self, repository: Repository, limit: int | None = None) -> None:
         self.size = 0  # bytes
@@ -428,6 +434,7 @@ class Upload:
 
     def write(self, data: bytes) -> None:
         """Appends. TooLarge where the limit is passed; OSError as the disk has it."""
+        self._check_usable()
         if self.limit is not None and self.size + len(data) > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
         if self._fd < 0 and self.size + len(data) <= PIECE:
@@ -439,6 +446,11 @@ class Upload:
         if self._fd >= 0 and self.size - self._hashed >= HASH_AFTER:
             if self._hashing is None or self._hashing.done():
                 self._hashing = self._repository.hashers.submit(self._hash, self.size)
+
+    def copy(self, content: Content) -> None:
+        """Appends the whole of another one; Damaged where less is there."""
+        for piece in content.pieces():
+            self.write(piece)
 
     def write_from(self, pipe: int, size: int) -> None:
         """Appends `size` bytes, which are in the pipe, to a file that is staged already: the kernel
@@ -452,13 +464,16 @@ class Upload:
 
     def read(self, size: int = -1) -> bytes:
         """What was written, from its start on; at most `size` bytes, all the rest where negative."""
-        size = self.size - self._read if size < 0 else size
-        if self._fd < 0:
-            piece = bytes(self._memory[self._read : self._read + size])
-        else:
-            piece = os.pread(self._fd, size, self._read)
+        piece = self._part(self._read, self.size - self._read if size < 0 else size)
         self._read += len(piece)
         return piece
+
+    def equals(self, content: Content) -> bool:
+        """Whether it has the very bytes of the content, whatever that one's digest says."""
+        parts = range(0, self.size, PIECE)
+        return self.size == content.artefact.size and all(
+            self._part(start, PIECE) == content.read(start, PIECE) for start in parts
+        )
 
     def verify(self, length: int | None, sha256: str | None) -> None:
         """Mismatch where these are given and not those of what was written."""
@@ -479,12 +494,22 @@ class Upload:
         return self._sha256.hexdigest()
 
     def seal(self, artefact: Artefact) -> None:
-        """Stamps the staged file with its time and attributes, and makes it durable."""
+        """Stamps the staged file with its time and attributes, and makes it durable. Where that fails,
+        it is discarded: a second fsync would report a success that is none."""
+        self._check_usable()
         self._spill()
         os.utime(self._fd, ns=(artefact.time * 1000, artefact.time * 1000))
         _write_attributes(self._fd, artefact)
-        self._repository.sync(self._fd)
+        try:
+            self._repository.sync(self._fd)
+        except OSError:
+            self.close()
+            raise
         self.sealed = True
+
+    def link(self, folder: int, name: str) -> None:
+        """Gives the staged file another name, in the open folder; FileExistsError."""
+        os.link(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder, follow_symlinks=False)
 
     def move(self, folder: int, name: str) -> None:
         """Renames the staged file to `name` in the open folder: the instant of the commit."""
@@ -515,6 +540,15 @@ class Upload:
             if name:
                 with contextlib.suppress(FileNotFoundError):  # somebody swept it
                     os.unlink(name, dir_fd=incoming)
+
+    def _check_usable(self) -> None:
+        if self._closed or self.pushed:
+            raise ValueError("this upload is pushed or closed; stage another one")
+
+    def _part(self, start: int, size: int) -> bytes:
+        if self._fd < 0:
+            return bytes(self._memory[start : start + size])
+        return os.pread(self._fd, size, start)
 
     def _spill(self) -> None:
         """From memory into a staged file."""
@@ -550,11 +584,13 @@ class Repository:
     Every method checks the names that it is given (InvalidName) and may raise OSError."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *,
-                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True) -> None:
+                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True,
+                 make: bool = True) -> None:
         """Makes the data directory where it is missing and sweeps what crashes left behind.
 
         keep_versions: how many versions before the current one are kept (ALL: every one), or a
-        function that tells it of a directory. fsync: False gives up durability in a power cut."""
+        function that tells it of a directory. fsync: False gives up durability in a power cut.
+        make: False makes and sweeps nothing (FileNotFoundError), which is enough to read."""
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.durable = fsync
         # Threads start with the first large upload, so an instance may be made before a fork.
@@ -566,6 +602,9 @@ class Repository:
         self._small = Bounded[tuple[int, ...], Content](MEMORY)
         self._durable_folders = Bounded[tuple[int, int], None](KNOWN)
         self.root = os.path.realpath(data)
+        if not make:
+            os.close(os.open(self.root, FOLDER))
+            return
         self._make_root()
         for name in (INCOMING, LOCKS, TRASH):
             os.close(self.own(name))
@@ -639,26 +678,42 @@ class Repository:
     def verify(self) -> Iterator[tuple[Artefact, str]]:
         """Reads every artefact and every version, and tells of each what its bytes are: "whole",
         "damaged" (not what was stored), "changed" (edited in place, which its stamp tells from
-        damage) or "new" (never digested). The digests of the last two are remembered."""
+        damage), "new" (never digested), or "unreadable", for what reason stands in the log. The digests
+        of the changed and the new are remembered. Of a folder that is unreadable nothing more is told."""
         for directory in self.directories():
-            with contextlib.suppress(NotFound), Descriptor(self._open_directory(directory)) as folder:
-                for id, *_ in self._walk(folder, "", "", ""):
-                    yield from self._verify(directory, id, None)
-            with contextlib.suppress(FileNotFoundError):
-                with Descriptor(self._open_folder(directory, VERSIONS)) as folder:
-                    for path, *_ in self._walk(folder, "", "", ""):
-                        id, _, version = path.rpartition("/")
-                        if id and VERSION.fullmatch(version):
-                            yield from self._verify(directory, id, version)
+            for path in ((directory,), (directory, VERSIONS)):
+                try:
+                    with Descriptor(self._open_folder(*path)) as folder:
+                        for id, within, name in self._walk(folder, "", "", "", MAX_ID + 32):
+                            yield from self._verify(directory, id, within, name, path[1:] == (VERSIONS,))
+                except FileNotFoundError:  # no versions, or gone meanwhile
+                    pass
+                except OSError as error:
+                    log.error("%s: %s", "/".join(path), error)
+                    yield Artefact(*path[:1], "/".join(path[1:]), 0, 0, "", None), "unreadable"
 
-    def _verify(self, directory: str, id: str, version: str | None) -> Iterator[tuple[Artefact, str]]:
-        with contextlib.suppress(NotFound), self.fetch(directory, id, version) as content:
-            stored, stamped = content.artefact.sha256, content.is_stamped()
-            artefact = content.digested(anew=True)
-            if stored is None:
-                yield artefact, "changed" if stamped else "new"
-            else:
-                yield artefact, "whole" if stored == artefact.sha256 else "damaged"
+    def _verify(self, directory: str, id: str, folder: int, name: str,
+                is_version: bool) -> Iterator[tuple[Artefact, str]]:
+        time = None
+        if is_version:
+            id = id.rpartition("/")[0]
+            if not id or not _is_version(name):
+                return
+            time = version_time(name)
+        try:
+            with self._open(folder, name, directory, id, time) as content:
+                stored, stamped = content.artefact.sha256, content.is_stamped()
+                artefact = content.digested(anew=True)
+        except (FileNotFoundError, Conflict):  # gone meanwhile; no file
+            return
+        except OSError as error:
+            log.error("%s/%s: %s", directory, id, error)
+            yield Artefact(directory, id, 0, time or 0, "", None), "unreadable"
+            return
+        if stored is None:
+            yield artefact, "changed" if stamped else "new"
+        else:
+            yield artefact, "whole" if stored == artefact.sha256 else "damaged"
 
     # -- writing: what these have done is durable when they return --
 
@@ -689,7 +744,8 @@ class Repository:
         where a folder is in the way of the artefact, or an artefact in the way of a folder."""
         segments = check_names(directory, id)
         staged = Artefact(directory, id, upload.size, _now(), type_of(id, type), upload.digest())
-        if not self.durable or not self._is_current(staged, segments):
+        twin = self._twin(upload, staged, segments) if self.durable else None
+        if twin is None:
             upload.seal(staged)  # an identical push waits for no disk
         # Under the lock there is as little as can be: after each system call a thread waits for the
         # interpreter, and all others for the lock.
@@ -699,7 +755,7 @@ class Repository:
             with there or contextlib.nullcontext(), current or contextlib.nullcontext():
                 check(current)
                 with self._make_folder(directory, *segments[:-1], there=there) as folder:
-                    if current is not None and _same(current, staged):
+                    if current is not None and _is_same(current, upload, staged, twin):
                         staged = current.artefact
                         current.sync()  # who dropped the file in by hand may not have
                     else:
@@ -722,8 +778,7 @@ class Repository:
             check(current)
 
         with self.fetch(directory, id, version) as content, self.stage() as upload:
-            for piece in content.pieces():
-                upload.write(piece)
+            upload.copy(content)
             if content.artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
             return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
@@ -735,11 +790,10 @@ class Repository:
         with self._lock(directory), self.fetch(directory, id) as current:
             check(current)
             kept = self._kept(directory, segments) if keep < ALL else []
-            if keep:
-                self._keep(current, segments, current.artefact.time)
-                kept = sorted({*kept, current.artefact.version})
+            newest = max(current.artefact.time, self._marked(directory, segments))
+            filed = self._keep(current, segments, newest) if keep else None
             self._unlink(directory, segments)
-            self._drop(directory, segments, kept[: max(0, len(kept) - keep)])
+            self._drop(directory, segments, _surplus(kept, filed, keep))
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = no_check) -> None:
         """Erases one earlier version. NotFound; Conflict where it is the current one."""
@@ -771,9 +825,9 @@ class Repository:
                 os.close(self._open_directory(directory))  # a folder, and no symbolic link
                 os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.sync(root)
-            with contextlib.suppress(FileNotFoundError):  # a sweep elsewhere took it for an old one
+            with contextlib.suppress(OSError):  # it is removed below
                 os.utime(name, dir_fd=trash, follow_symlinks=False)
-                _remove(trash, name)
+            self._discard(trash, TRASH, name)
 
     def sweep(self) -> None:
         """Removes what crashes left in `.incoming/` and `.trash/` more than a day ago."""
@@ -783,7 +837,17 @@ class Repository:
                     with contextlib.suppress(FileNotFoundError):  # swept by another process
                         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
                         if status.st_mtime < time.time() - SWEEP_AFTER:
-                            _remove(folder, name)
+                            self._discard(folder, own, name)
+
+    def _discard(self, folder: int, own: str, name: str) -> None:
+        """Removes what is nobody's any more. What cannot be removed stays, to be swept another time; the
+        log tells of it."""
+        try:
+            _remove(folder, name)
+        except FileNotFoundError:  # swept by another process
+            pass
+        except (OSError, RecursionError) as error:
+            log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
 
     # -- the steps of a commit, under the directory's lock --
 
@@ -795,9 +859,12 @@ class Repository:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock.kept()
 
-    def _is_current(self, staged: Artefact, segments: Sequence[str]) -> bool:
+    def _twin(self, upload: Upload, staged: Artefact, segments: Sequence[str]) -> tuple[int, ...] | None:
+        """The identity of what is current, if that has the bytes of the upload."""
         with self._look(staged.directory, segments) or contextlib.nullcontext() as current:
-            return _same(current, staged)
+            if current is not None and _is_same(current, upload, staged, None):
+                return _identity(current.status)
+        return None
 
     def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
                  segments: Sequence[str], versioned: bool) -> Artefact:
@@ -807,39 +874,53 @@ class Repository:
         newest = max(
             -1 if current is None else current.artefact.time,
             version_time(kept[-1]) if kept else -1,
-            self._marked(directory, segments) if keep == ALL else -1,
+            self._marked(directory, segments) if versioned else -1,
         )
         if staged.time <= newest or not upload.sealed:
             staged = replace(staged, time=min(max(newest + 1, _now()), LAST_TIME))
             upload.seal(staged)
-        if current is not None and keep:
-            self._keep(current, segments, staged.time)
-            kept = sorted({*kept, current.artefact.version})  # a crash may have linked it before
+        filed = self._keep(current, segments, staged.time) if current is not None and keep else None
         try:
             upload.move(folder, segments[-1])
         except IsADirectoryError:  # an empty one, or `_look` would have refused
             _remove_empty(folder, segments[-1])
             upload.move(folder, segments[-1])
-        if len(kept) > keep:
+        if surplus := _surplus(kept, filed, keep):
             self.sync(folder)  # or a power cut could undo the rename, and not what follows
-            self._drop(directory, segments, kept[: len(kept) - keep])
+            self._drop(directory, segments, surplus)
         return staged
 
-    def _keep(self, current: Content, segments: Sequence[str], time: int) -> None:
-        """Links the current file to its version's name, durably."""
+    def _keep(self, current: Content, segments: Sequence[str], newest: int) -> str:
+        """Gives the current file its version's name, durably, and tells that. Should another file have
+        it (a hand can give two the same time), it becomes the next one. `newest`: the time of the
+        newest version there is then."""
         directory, version = current.artefact.directory, current.artefact.version
         with (
             self._make_folder(directory, *segments[:-1]) as folder,
             self._make_folder(directory, VERSIONS, *segments) as kept,
         ):
-            try:
-                os.link(segments[-1], version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
-            except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
-                with self._open(kept, version, directory, current.artefact.id) as there:
-                    if there.digested().sha256 != current.digested().sha256:
-                        raise Conflict(f"Another file has the name of version '{version}'.") from None
-            os.utime(kept, ns=(time * 1000, time * 1000))  # what `_marked` reads
+            while not self._file(current, version, folder, segments[-1], kept):
+                version = replace(current.artefact, time=version_time(version) + 1).version
+            os.utime(kept, ns=(newest * 1000, newest * 1000))  # what `_marked` reads
             self.sync(kept)
+        return version
+
+    def _file(self, current: Content, version: str, folder: int, name: str, kept: int) -> bool:
+        """Links the current file, by its name, to that of a version, or a copy of it where its time is
+        another one or it is somebody else's (fs.protected_hardlinks). Whether it has that name now."""
+        try:
+            if version == current.artefact.version:
+                with contextlib.suppress(PermissionError):
+                    os.link(name, version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
+                    return True
+            with self.stage() as copy:
+                copy.copy(current)
+                copy.seal(replace(current.digested(), time=version_time(version)))
+                copy.link(kept, version)
+            return True
+        except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
+            with self._open(kept, version, current.artefact.directory, current.artefact.id) as there:
+                return there.digested().sha256 == current.digested().sha256
 
     @looking_again
     def _marked(self, directory: str, segments: Sequence[str]) -> int:
@@ -848,7 +929,7 @@ class Repository:
         try:
             with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
                 return _microseconds(os.fstat(kept))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return -1
 
     @looking_again
@@ -870,7 +951,7 @@ class Repository:
                 with os.scandir(kept) as entries:
                     return sorted(
                         entry.name for entry in entries
-                        if VERSION.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                        if _is_version(entry.name) and entry.is_file(follow_symlinks=False)
                     )
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -1046,12 +1127,13 @@ class Repository:
             os.close(fd)
             raise
 
-    def _walk(self, folder: int, inside: str, prefix: str, after: str) -> Iterator[tuple[str, int, str]]:
+    def _walk(self, folder: int, inside: str, prefix: str, after: str,
+              longest: int = MAX_ID) -> Iterator[tuple[str, int, str]]:
         """(id, the open folder it is in, name there) of every file below, in the order of the ids.
         Follows no link, and enters no folder in which no id can match."""
         for name in self._names(folder):
             id = inside + name
-            if len(id) > MAX_ID // 4 and len(id.encode()) > MAX_ID:
+            if len(id) > MAX_ID // 4 and len(id.encode()) > longest:
                 continue
             if name[-1] != "/":
                 if id.startswith(prefix) and id > after:
@@ -1059,7 +1141,7 @@ class Repository:
             elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
-                        yield from self._walk(child, id, prefix, after)
+                        yield from self._walk(child, id, prefix, after, longest)
 
     def _names(self, folder: int) -> list[str]:
         """What is in an open folder, sorted, with a slash behind a folder, and maybe what just went.
@@ -1097,13 +1179,16 @@ class Repository:
             self._known.keep(_identity(status), known)
         return known
 
-    def remember(self, fd: int, artefact: Artefact) -> None:
+    def remember(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
         """Keeps a digest that was computed: in the file's attributes if they can be written, and in
-        memory. Not being able to must not fail a fetch; it only costs computing it again."""
-        with contextlib.suppress(OSError):
-            _write_digest(fd, artefact)
-        status = os.fstat(fd)
-        self._known.keep(_identity(status), replace(artefact, time=_microseconds(status)))
+        memory. Not being able to must not fail a fetch; it only costs computing it again. `status`: from
+        before; what was changed since, be it after the reading, must not pass for what was read."""
+        if _identity(os.fstat(fd)) == _identity(status):
+            with contextlib.suppress(OSError):
+                _write_digest(fd, artefact, status)
+            after = os.fstat(fd)
+            if _stamp(after) == _stamp(status):
+                self._known.keep(_identity(after), replace(artefact, time=_microseconds(after)))
 
     def keep_in_memory(self, artefact: Artefact, status: os.stat_result, whole: bytes) -> None:
         """A small artefact's bytes, unless a change within one tick of the clock could hide."""
@@ -1128,7 +1213,8 @@ class Repository:
 
     @looking_again
     def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
-        """An artefact by its name in an open folder; None where it is gone, or something else."""
+        """An artefact by its name in an open folder; None where it is gone, or something else. One that
+        may not be read has what its name and its folder tell."""
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             known = self._known_as(directory, id, status)
@@ -1140,6 +1226,17 @@ class Repository:
                 return content.digested() if digest else content.artefact
         except (FileNotFoundError, Conflict):
             return None
+        except PermissionError:
+            if digest:
+                raise
+            return Artefact(directory, id, status.st_size, _microseconds(status), type_of(id), None)
+
+
+def _surplus(kept: Sequence[str], filed: str | None, keep: int) -> Sequence[str]:
+    """Of the versions kept before, the oldest, as many as there are too many with the one that was filed
+    now. That one stays, however old it is: a hand may have given it any time."""
+    others = [version for version in kept if version != filed]
+    return others[: max(0, len(others) + (filed is not None) - keep)]
 
 
 def _now() -> int:
@@ -1155,11 +1252,13 @@ def _in_the_way(id: str) -> Conflict:
     return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{id}'.")
 
 
-def _same(current: Content | None, staged: Artefact) -> bool:
-    """Whether the staged bytes are those that are current."""
-    if current is None or current.artefact.size != staged.size:
+def _is_same(current: Content, upload: Upload, staged: Artefact, twin: tuple[int, ...] | None) -> bool:
+    """Whether the upload's bytes are those that are current, digest and all. They are compared, for a
+    digest only tells what was stored once: who pushes again what was damaged mends it. `twin`: of a
+    file of which it is known."""
+    if current.artefact.size != staged.size or current.digested().sha256 != staged.sha256:
         return False
-    return current.digested().sha256 == staged.sha256
+    return _identity(current.status) == twin or upload.equals(current)
 
 
 def _write(fd: int, data: bytes | bytearray) -> None:
@@ -1173,7 +1272,11 @@ def _remove(parent: int, name: str) -> None:
     try:
         os.unlink(name, dir_fd=parent)
     except (IsADirectoryError, PermissionError):  # the latter on macOS
+        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            raise
         with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+            with contextlib.suppress(PermissionError):
+                os.fchmod(folder, 0o700)  # of ours may be some that were made read-only
             for child in os.listdir(folder):
                 _remove(folder, child)
         os.rmdir(name, dir_fd=parent)
@@ -1197,11 +1300,14 @@ def _folder_identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _write_digest(fd: int, artefact: Artefact) -> None:
-    status = os.fstat(fd)
+def _stamp(status: os.stat_result) -> str:
+    """What a stored digest names as what it was computed of."""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
     if HAS_ATTRIBUTES:
-        value = f"{artefact.sha256} {status.st_size} {status.st_mtime_ns}"
-        os.setxattr(fd, DIGEST_ATTRIBUTE, value.encode())
+        os.setxattr(fd, DIGEST_ATTRIBUTE, f"{artefact.sha256} {_stamp(status)}".encode())
 
 
 def _write_attributes(fd: int, artefact: Artefact) -> None:
@@ -1209,7 +1315,7 @@ def _write_attributes(fd: int, artefact: Artefact) -> None:
     try:
         if HAS_ATTRIBUTES:
             os.setxattr(fd, TYPE_ATTRIBUTE, artefact.type.encode())
-        _write_digest(fd, artefact)
+        _write_digest(fd, artefact, os.fstat(fd))
     except OSError as error:
         if error.errno not in NO_ATTRIBUTES:
             raise
@@ -1217,8 +1323,8 @@ def _write_attributes(fd: int, artefact: Artefact) -> None:
 
 def _read_attributes(fd: int, id: str, status: os.stat_result) -> tuple[str | None, str]:
     """(digest, None unless its stamp says that it is this content's; type)."""
-    digest, size, time = (_attribute(fd, DIGEST_ATTRIBUTE).split() + [""] * 3)[:3]
-    if (size, time) != (str(status.st_size), str(status.st_mtime_ns)) or not SHA256.fullmatch(digest):
+    digest, _, stamp = _attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
+    if stamp != _stamp(status) or not SHA256.fullmatch(digest):
         digest = ""
     return digest or None, type_of(id, _attribute(fd, TYPE_ATTRIBUTE))
 
@@ -2194,6 +2300,9 @@ OS_ERRORS = {
     errno.EMFILE: (503, "Too many files are open. Try again later."),
     errno.ENFILE: (503, "Too many files are open. Try again later."),
     errno.EROFS: (500, "The data directory cannot be written. Tell who runs this server."),
+    errno.EACCES: (500, "The server may not read or change this file or folder. Tell who runs it."),
+    errno.EPERM: (500, "The server may not read or change this file or folder. Tell who runs it."),
+    errno.EIO: (500, "The disk cannot be read or written. Tell who runs this server."),
 }
 DETAILS = {  # of the framework's own errors
     400: "The request cannot be understood. Mend it.",
@@ -2201,7 +2310,6 @@ DETAILS = {  # of the framework's own errors
     405: "The method is not one for this resource. Use one of those in 'Allow'.",
     500: "Something went wrong here, and nothing was stored. Tell who runs this server; its log says more.",
 }
-log = logging.getLogger("artefacts")
 
 
 def problem(status: str, detail: str) -> bytes:
@@ -2482,11 +2590,12 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
     return application(make_repository(data, settings, fsync), settings)
 
 
-def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool) -> Repository:
+def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool, *,
+                    make: bool = True) -> Repository:
     def keep_versions(directory: str) -> int:
         return int(settings.of(directory, "keep_versions"))
 
-    return Repository(data, keep_versions=keep_versions, fsync=fsync)
+    return Repository(data, keep_versions=keep_versions, fsync=fsync, make=make)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
@@ -3003,23 +3112,26 @@ def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
 
 
 def verify(repository: Repository) -> int:
-    """Tells of everything that is not as it was stored; 1 where something is damaged. On a terminal
-    with a progress bar."""
-    counts, read = dict.fromkeys(("whole", "new", "changed", "damaged"), 0), 0
+    """Tells of everything that is not as it was stored; 1 where something is damaged or unreadable. On
+    a terminal with a progress bar."""
+    counts, read = dict.fromkeys(("whole", "new", "changed", "damaged", "unreadable"), 0), 0
     total = bytes_below(repository.root) if sys.stderr.isatty() else 0
     for artefact, found in repository.verify():
         counts[found] += 1
         read += artefact.size
         if found != "whole":
             sys.stderr.write("\r\033[K" if total else "")  # the bar's line, for this one
-            print(f"{found}: {artefact.directory}/{artefact.id} {artefact.version}", flush=True)
+            version = artefact.version if artefact.time else ""  # not known of what cannot be read
+            print(f"{found}: {artefact.directory}/{artefact.id} {version}".rstrip(), flush=True)
         if total:
             part = min(1, read / total)
             sys.stderr.write(f"\r[{'#' * round(part * 40):40}] {part:4.0%}, {sum(counts.values())} files ")
             sys.stderr.flush()
     sys.stderr.write("\n" if total else "")
+    if not counts["unreadable"]:
+        del counts["unreadable"]
     print(", ".join(f"{number} {found}" for found, number in counts.items()))
-    return 1 if counts["damaged"] else 0
+    return 1 if counts["damaged"] or "unreadable" in counts else 0
 
 
 def bytes_below(path: str) -> int:
@@ -3095,7 +3207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(new_token(options.new_token))
             return 0
         settings = settings_of(options)
-        repository = make_repository(options.data, settings, not options.no_fsync)
+        repository = make_repository(options.data, settings, not options.no_fsync, make=not options.verify)
         if options.verify:
             return verify(repository)
         server = make_server(application(repository, settings), repository, options)

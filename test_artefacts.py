@@ -15,6 +15,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -99,6 +100,11 @@ def drop(file: Path, content: bytes, version: str = T1) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
+
+
+def next_version(version: str) -> str:
+    """The name of what was stored a microsecond later."""
+    return a.Artefact("", "", 0, a.version_time(version) + 1, "", None).version
 
 
 def needs_attributes(data: Path) -> None:
@@ -228,14 +234,19 @@ def test_versions_strictly_increase_and_are_modification_times(
     assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in kept)
 
 
-def test_the_name_of_an_erased_version_is_not_used_again(data: Path) -> None:
-    repository = a.Repository(data, keep_versions=a.ALL)
+@pytest.mark.parametrize("keep", [5, a.ALL])
+def test_the_name_of_an_erased_version_is_not_used_again(data: Path, keep: int) -> None:
+    repository = a.Repository(data, keep_versions=keep)
     push(repository, "x", b"one")
     os.utime(data / "app/x", times=(4_102_444_800, 4_102_444_800))
     push(repository, "x", b"two")
     repository.delete("app", "x")
     repository.erase("app", "x", "21000101T000000.000001Z")
     assert push(repository, "x", b"three").version == "21000101T000000.000002Z"
+    repository.delete("app", "x")
+    drop(data / "app/x", b"of old", T1)
+    repository.delete("app", "x")
+    assert push(repository, "x", b"four").version == "21000101T000000.000003Z"
 
 
 def test_delete_restore_erase(data: Path, keeping: a.Repository) -> None:
@@ -698,15 +709,113 @@ def test_a_file_that_has_the_versions_name_already(data: Path, leftover: str, th
         os.link(data / "app/x.txt", version)
     assert [current for _, current in repository.versions("app", "x.txt")] == [True]
     after = tree(data)
-    with pytest.raises(a.Conflict) if leftover == "other" else contextlib.nullcontext():
-        if then == "push":
-            push(repository, "x.txt", b"two")
-            after["app/x.txt"] = b"two"
-        else:
-            repository.delete("app", "x.txt")
-            del after["app/x.txt"]
+    if leftover == "other":  # nothing is lost: the current one becomes the next version
+        repository.keeps = lambda _: 2
+        after[f"app/.versions/x.txt/{next_version(T1)}"] = b"one"
+    if then == "push":
+        push(repository, "x.txt", b"two")
+        after["app/x.txt"] = b"two"
+    else:
+        repository.delete("app", "x.txt")
+        del after["app/x.txt"]
     assert tree(data) == after
     assert {artefact.type for artefact, _ in repository.versions("app", "x.txt")} == {"text/plain"}
+
+
+def test_what_is_replaced_is_kept_however_old_its_time_is(data: Path) -> None:
+    repository = a.Repository(data, keep_versions=1)
+    for id in "replaced", "deleted":
+        push(repository, id, b"one")
+        push(repository, id, b"two")
+        drop(data / "app" / id, b"by hand", T1)
+        if id == "replaced":
+            push(repository, id, b"three")
+        else:
+            repository.delete("app", id)
+        assert tree(data / "app/.versions" / id) == {T1: b"by hand"}
+
+
+def test_what_is_no_instant_is_no_version(data: Path, keeping: a.Repository) -> None:
+    for name in "20261399T000000.000000Z", "20260230T000000.000000Z":
+        drop(data / "app/.versions/x" / name, b"stray")
+    push(keeping, "x", b"one")
+    push(keeping, "x", b"two")
+    versions = [artefact.version for artefact, _ in keeping.versions("app", "x")]
+    assert [fetched(keeping, "x", version) for version in versions] == [b"two", b"one"]
+
+
+def test_an_upload_is_pushed_once(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with repository.stage() as upload:
+        upload.write(b"one")
+        stored, _ = repository.push(upload, "app", "x")
+        with pytest.raises(ValueError, match="stage another one"):
+            repository.push(upload, "app", "y")
+        with pytest.raises(ValueError, match="stage another one"):
+            upload.write(b"more")
+    with repository.stage() as upload:  # nor after an fsync that failed: it may succeed another time
+        upload.write(b"two")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            patch.setattr(os, "fsync", fails)
+            repository.push(upload, "app", "x")
+        assert os.listdir(data / ".incoming") == []
+        with pytest.raises(ValueError, match="stage another one"):
+            repository.push(upload, "app", "x")
+    assert tree(data) == {"app/x": b"one"} and list(repository.artefacts("app")) == [stored]
+
+
+@pytest.mark.parametrize("attributes", [True, False])
+def test_who_pushes_again_what_was_damaged_mends_it(
+    data: Path, repository: a.Repository, attributes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(a, "HAS_ATTRIBUTES", attributes)
+    for size in 10, 2_000_000:
+        content, file = os.urandom(size), data / f"app/{size}"
+        push(repository, file.name, content)
+        before = file.stat()
+        with file.open("r+b") as damaged:
+            damaged.write(bytes(10))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        push(repository, file.name, content)
+        assert file.read_bytes() == content
+        there = file.stat()
+        push(repository, file.name, content)
+        assert file.stat() == there  # of what is whole nothing changes
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_digest_is_kept_for_what_was_read_only(
+    data: Path, repository: a.Repository, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written in place while the digest is computed, or after, must not pass for what was read."""
+    file, compute, write = data / "app/x", a._sha256, a._write_digest
+    drop(file, b"one")
+
+    def overwrites() -> None:
+        if file.read_bytes() == b"one":
+            file.write_bytes(b"two")
+
+    def computes(fd: int) -> str:
+        digest = compute(fd)
+        if not late:
+            overwrites()
+        return digest
+
+    def writes(*arguments: Any) -> None:
+        if late:
+            overwrites()
+        write(*arguments)
+
+    monkeypatch.setattr(a, "_sha256", computes)
+    monkeypatch.setattr(a, "_write_digest", writes)
+    with repository.fetch("app", "x") as content:
+        assert content.digested().sha256 == sha256(b"one")
+    with repository.fetch("app", "x") as content:
+        assert content.digested().sha256 == sha256(b"two")
 
 
 # -- durability --
@@ -1412,13 +1521,26 @@ class Connection:
 LOGGED = re.compile(r'127\.0\.0\.1 - \S+ \[\d\d/[A-Z][a-z]+/\d{4}(:\d\d){3} \+0000\] "[ -~]*" \d{3} (\d+|-)')
 
 
-class Program:
-    """`python artefacts.py` as a process, with warnings as errors, and nothing else in its log."""
+def without_privileges() -> list[str]:
+    """What a command begins with, if permissions are to hold for it."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("permissions do not hold for root, and there is no setpriv")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
-    def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),)) -> None:
+
+class Program:
+    """`python artefacts.py` as a process, with warnings as errors, and nothing else in its log but
+    lines that match `logged`."""
+
+    def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),),
+                 before: Sequence[str] = (), logged: str = "(?!)") -> None:  # fmt: skip
         self.data, self.quiet = data, "--quiet" in options
+        self.logged = re.compile(f"{LOGGED.pattern}|{logged}")
         self.log = data.with_name(f"{data.name}-{id(self):x}.log")
-        command = [sys.executable, "-W", "error", *code, "--data", str(data), "--port", "0", *options]
+        program = [*before, sys.executable, "-W", "error", *code]
+        command = [*program, "--data", str(data), "--port", "0", *options]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
@@ -1460,7 +1582,7 @@ class Program:
             self.process.kill()
             self.process.wait()
         log = self.log.read_text().splitlines()
-        assert all(map(LOGGED.fullmatch, log)), [line for line in log if not LOGGED.fullmatch(line)]
+        assert all(map(self.logged.fullmatch, log)), [line for line in log if not self.logged.fullmatch(line)]
         assert not (self.quiet and log)
 
 
@@ -3185,6 +3307,83 @@ def test_verify_shows_its_progress_on_a_terminal(data: Path) -> None:
     assert [line for line in shown if line.startswith("[")] == [
         f"[{half}]  50%, 1 files ", f"[{whole}] 100%, 2 files ",
     ]  # fmt: skip
+
+
+def test_verify_goes_on_behind_what_cannot_be_read(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    id = "/".join(["i" * 203] * 5)[:1015]  # its versions' paths are longer than an id may be
+    for name, content in ("a", b"one"), (id, b"one"), (id, b"two"), ("z", b"one"):
+        push(a.Repository(data, keep_versions=1), name, content)
+    (kept,) = (data / "app/.versions" / id).iterdir()
+    before = kept.stat()
+    kept.write_bytes(b"0ne")
+    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (data / "app/a").chmod(0)
+    drop(data / "closed/x", b"")
+    (data / "closed").chmod(0)
+    command = [*without_privileges(), sys.executable, str(PROGRAM), "--data", str(data), "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    *found, counts = done.stdout.splitlines()
+    closed = ["unreadable: closed/", "unreadable: closed/.versions"]
+    assert found == ["unreadable: app/a", f"damaged: app/{id} {kept.name}", *closed]
+    assert counts == "2 whole, 0 new, 0 changed, 1 damaged, 3 unreadable" and done.returncode == 1
+    assert done.stderr.count("Permission denied") == 3 and "Traceback" not in done.stderr
+    (data / "closed").chmod(0o755)
+
+
+def test_verify_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert a.main(["--verify", "--data", str(tmp_path / "typo")]) == 2 and not os.listdir(tmp_path)
+    assert "typo: No such file or directory" in capsys.readouterr().err
+    drop(tmp_path / "backup/app/x", b"one")
+    assert a.main(["--verify", "--data", str(tmp_path / "backup")]) == 0
+    assert os.listdir(tmp_path / "backup") == ["app"]
+
+
+# == What the server may not touch ================================================================
+
+
+def test_what_may_not_be_read_or_removed(data: Path) -> None:
+    drop(data / "app/closed", b"closed", T1)
+    drop(data / "app/open", b"open", T2)
+    drop(data / "old/pkg/mod/go.mod", b"module")
+    (data / "old/pkg/mod").chmod(0o555)
+    (data / "app/closed").chmod(0)
+    logged = r"artefacts: [A-Z]+ /artefacts/app\S*: .*Permission denied.*"
+    with Program(data, before=without_privileges(), logged=logged) as program:
+        closed, there = json.loads(program.get("/artefacts/app").body)["artefacts"]
+        assert (closed["size"], closed["sha256"], closed["version"], there["id"]) == (6, None, T1, "open")
+        assert program.get("/artefacts/app/open").body == b"open"
+        for target in "/closed", "?format=sha256sums":
+            assert program.get(f"/artefacts/app{target}").is_problem(500)
+        assert program.ask(put("/artefacts/app/closed", b"new")).status == 500  # what is current is not known
+        assert program.ask(head("DELETE", "/artefacts/old")).status == 204
+        assert not (data / "old").exists() and os.listdir(data / ".trash") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_somebody_elses_becomes_a_version(data: Path) -> None:
+    """It may not be linked, where fs.protected_hardlinks is set."""
+    drop(data / "app/x", b"one", T1)
+    os.chown(data / "app/x", 1, 1)
+    with Program(data, "--keep-versions", "3", before=without_privileges()) as program:
+        assert program.ask(put("/artefacts/app/x", b"two")).status == 200
+        assert program.get(f"/artefacts/app/x?version={T1}").body == b"one"
+        assert program.ask(head("DELETE", "/artefacts/app/x")).status == 204
+
+
+def test_what_cannot_be_removed_does_not_hold_up_the_start(data: Path) -> None:
+    deep = data / ".trash/deep"
+    deep.mkdir(parents=True)
+    at = os.open(deep, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=at)
+        below = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(at)
+    os.utime(deep, (0, 0))
+    with Program(data, logged=r"artefacts: .*/\.trash/deep cannot be removed: .*") as program:
+        assert program.get("/artefacts/").status == 200
+    assert subprocess.run(["rm", "-r", deep]).returncode == 0
 
 
 # == The README ===================================================================================
