@@ -445,7 +445,7 @@ class Upload:
         self.size += len(data)
         if self._fd >= 0 and self.size - self._hashed >= HASH_AFTER:
             if self._hashing is None or self._hashing.done():
-                self._hashing = self._repository.hashers.submit(self._hash, self.size)
+                self._hashing = self._repository.hashers().submit(self._hash, self.size)
 
     def copy(self, content: Content) -> None:
         """Appends the whole of another one; Damaged where less is there."""
@@ -593,8 +593,7 @@ class Repository:
         make: False makes and sweeps nothing (FileNotFoundError), which is enough to read."""
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.durable = fsync
-        # Threads start with the first large upload, so an instance may be made before a fork.
-        self.hashers = ThreadPoolExecutor(os.cpu_count(), "sha256")
+        self._hashers: tuple[int, ThreadPoolExecutor] | None = None  # and the process that they are of
         self._staged = itertools.count()
         self._token = secrets.token_hex(8)
         self._known = Bounded[tuple[int, ...], Artefact](KNOWN)
@@ -1003,6 +1002,12 @@ class Repository:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(f"{self.root}/{name}")
             return self._open_folder(name)
+
+    def hashers(self) -> ThreadPoolExecutor:
+        """The threads that compute digests: of this process, for a fork has none of its parent's."""
+        if self._hashers is None or self._hashers[0] != os.getpid():
+            self._hashers = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "sha256")
+        return self._hashers[1]
 
     def unique_name(self) -> str:
         """A name that no other thread, process or host has for what it stages."""
@@ -1489,6 +1494,7 @@ def body_length(environ: WSGIEnvironment) -> int | None:
 def preferred_format(wanted: str | None, accept: str) -> str:
     """One of FORMATS: what `?format=` says, else what Accept prefers (RFC 9110 §12.5.1), else JSON."""
     if wanted is None:
+        accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
         with contextlib.suppress(ValueError, falcon.HTTPError):
             best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
             wanted = {"text/html": "html", "text/plain": "sha256sums"}.get(best)
@@ -1597,32 +1603,36 @@ class Resource:
         if not is_form(req):
             raise Unsupported("A directory takes a form's files (curl -F file=@f). PUT artefacts below it.")
         length = body_length(req.env)
+        if announced_sha256(req.env) is not None:
+            raise InvalidRequest("A digest is checked of an artefact, not of a form. PUT the file itself.")
         check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
         end_first_look(req)
         body = req.env["wsgi.input"]
         if isinstance(body, Upload):
             body.verify(length, None)
-        stored, refused = self._push_parts(files_of_form(req, length), directory, id)
+        check = absence(directory, preconditions(req), self.settings)
+        stored, refused = self._push_parts(files_of_form(req, length), directory, id, check)
         if not stored and not refused:
             raise InvalidRequest("The form has no file. Choose one (curl -F file=@f).")
         resp.status = falcon.code_to_http_status(refused[0]["status"] if refused else 201)
         self._tell_pushed(req, resp, directory, stored, refused)
 
     def _push_parts(self, files: Iterator[tuple[str, str, Iterator[bytes]]], directory: str,
-                    id: str | None) -> tuple[list[Artefact], list[dict[str, Any]]]:
+                    id: str | None, check: Check) -> tuple[list[Artefact], list[dict[str, Any]]]:
         """What was stored, and of what was not: id, status, detail."""
         stored: list[Artefact] = []
         refused: list[dict[str, Any]] = []
         try:
             for name, type, content in files:
                 try:
-                    stored.append(self._push_part(directory, id or name, type, content))
+                    stored.append(self._push_part(directory, id or name, type, content, check))
                 except (ArtefactsError, OSError) as error:
                     status, detail = answer_to(error)
                     refused.append({"id": id or name, "status": status, "detail": detail})
-        except falcon.HTTPError as error:
-            detail = f"The form cannot be read from here on ({error.description}). Send it again."
+        except (falcon.HTTPError, Mismatch) as error:
+            told = error.detail if isinstance(error, Mismatch) else error.description
+            detail = f"The form cannot be read from here on ({told}). Send it again."
             refused.append({"id": None, "status": 400, "detail": detail})
         return stored, refused
 
@@ -1643,8 +1653,8 @@ class Resource:
         else:
             render_json(resp, "{" + text)
 
-    def _push_part(self, directory: str, id: str, type: str, content: Iterable[bytes]) -> Artefact:
-        check = absence(directory, id, no_check)
+    def _push_part(self, directory: str, id: str, type: str, content: Iterable[bytes],
+                   check: Check) -> Artefact:
         self.repository.admit(directory, id, 0, check)
         with self.repository.stage(self.settings.of(directory, "max_size")) as upload:
             for piece in content:
@@ -1810,7 +1820,7 @@ class ArtefactResource(Resource):
         elif is_form(req):
             self.push_form(req, resp, directory, id)
         else:
-            self._push(req, resp, directory, id, absence(directory, id, preconditions(req)))
+            self._push(req, resp, directory, id, absence(directory, preconditions(req), self.settings))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         self.check_erasable(directory)
@@ -1828,7 +1838,7 @@ class ArtefactResource(Resource):
         """What is to be decided before what is current is replaced."""
         check = preconditions(req)
         if self.settings.of(directory, "write_once"):
-            return absence(directory, id, check, "It is written once. Choose another name.")
+            return absence(directory, check, self.settings)
         return check
 
     def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
@@ -1906,12 +1916,14 @@ def preconditions(req: falcon.Request) -> Check:
     return check if conditions else no_check
 
 
-def absence(directory: str, id: str, check: Check, hint: str = "PUT replaces it.") -> Check:
+def absence(directory: str, check: Check, settings: Settings) -> Check:
     """That nothing is there yet, and `check`."""
 
     def check_absence(current: Content | None) -> None:
         if current is not None:
-            raise Conflict(f"'{directory}' has an artefact '{id}' already. {hint}")
+            once = settings.of(directory, "write_once")
+            hint = "It is written once. Choose another name." if once else "PUT replaces it."
+            raise Conflict(f"'{directory}' has an artefact '{current.artefact.id}' already. {hint}")
         check(current)
 
     return check_absence
@@ -1938,7 +1950,7 @@ def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str
     where it is no form, or none from here on; the content's InvalidRequest where it was cut short."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # any number
-    stream = BufferedReader(body_of(req, length).read, sys.maxsize if length is None else length)
+    stream = BufferedReader(reader_of(req, length), sys.maxsize if length is None else length)
 
     def content(part: BodyPart) -> Iterator[bytes]:
         while piece := part.stream.read(PIECE):
@@ -1949,8 +1961,9 @@ def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str
     for part in handler.deserialize(stream, req.content_type, length):
         name, type = "\ufffd", ""
         with contextlib.suppress(UnicodeDecodeError):
-            name = part.filename or ""
-            type = part.content_type if part.content_type != "text/plain" else ""
+            name = (part.filename or "").replace("%22", '"')  # as which HTML has it sent
+            # `content_type` does not tell a text/plain that was sent from none.
+            type = part._headers.get(b"content-type", b"").decode()
         if name:  # else a field, or a file that was not chosen
             yield name.replace("\\", "/").rpartition("/")[2], type, content(part)
 
@@ -1997,21 +2010,24 @@ def pieces(file: io.FileIO, start: int, stop: int) -> Iterator[bytes]:
             yield piece
 
 
-def body_of(req: falcon.Request, length: int | None) -> Any:
-    """The body as a file: by its length, or, where it is chunked, to the end that the server sets."""
-    return req.env["wsgi.input"] if length is None else req.bounded_stream
+def reader_of(req: falcon.Request, length: int | None) -> Callable[[int], bytes]:
+    """Reads the body: by its length, or, where it is chunked, to the end that the server sets. Mismatch
+    where it breaks off."""
+    stream = req.env["wsgi.input"] if length is None else req.bounded_stream
+
+    def read(size: int) -> bytes:
+        try:
+            return bytes(stream.read(size))
+        except Exception:  # cheroot's is ValueError, gunicorn's of a family of its own
+            raise Mismatch("The body broke off. Send it again.") from None
+
+    return read
 
 
 def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
     """Streams a request's body into an upload, on servers that leave that to the application."""
-    stream = body_of(req, length)
-    while True:
-        try:
-            piece = stream.read(PIECE)
-        except Exception:  # cheroot's is ValueError, gunicorn's of a family of its own
-            raise Mismatch("The body broke off. Send it again.") from None
-        if not piece:
-            return
+    read = reader_of(req, length)
+    while piece := read(PIECE):
         upload.write(piece)
 
 
@@ -2368,6 +2384,10 @@ class Token:
         patterns = self.read if action == "read" else self.write
         return "*" in patterns or any(fnmatch.fnmatchcase(directory, pattern) for pattern in patterns)
 
+    def besides(self, other: Token) -> Token:
+        """The same, who may also do what the other may."""
+        return replace(self, read=self.read + other.read, write=self.write + other.write)
+
 
 EVERYONE = Token("-", read=("*",), write=("*",))
 
@@ -2404,8 +2424,8 @@ class Settings:
         return f"private, {wanted}" if self.tokens else wanted
 
     def identify(self, authorization: str | None) -> Token:
-        """Who asks, by a Bearer token, or Basic with the token as the password. Unauthenticated
-        where it is none of those known; without tokens, telling people apart is not our business."""
+        """Who asks, by a Bearer token, or Basic with the token as the password: anybody, where it is none
+        of those known. Without tokens, telling people apart is not our business."""
         if authorization is None or not self.tokens:
             return self.anonymous
         scheme, _, secret = authorization.strip().partition(" ")
@@ -2417,7 +2437,7 @@ class Settings:
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         known = [token for token in self.tokens if hmac.compare_digest(token.sha256, digest)]
         if scheme.lower() not in ("basic", "bearer") or not secret or not known:
-            raise Unauthenticated("This token is not known here. Send one that is, or none.", CHALLENGE)
+            return self.anonymous
         return known[0]
 
 
@@ -2432,8 +2452,8 @@ class Gate:
                          params: dict[str, Any]) -> None:
         reading = req.method in ("GET", "HEAD", "OPTIONS", "PROPFIND")
         self.check_site(req.env, reading)
-        if "id" not in params or req.method not in ("GET", "HEAD"):  # these have their own
-            resp.set_headers(self.fields)
+        if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
+            resp.set_headers(self.fields)  # the others have their own
         who = self.settings.identify(req.env.get("HTTP_AUTHORIZATION"))
         req.env["artefacts.who"] = who
         directory = params.get("directory")
@@ -2444,7 +2464,8 @@ class Gate:
 
     def turn_away(self, who: Token) -> NoReturn:
         if who is self.settings.anonymous and self.settings.tokens:
-            raise Unauthenticated("A token is needed here. Send one as Bearer, or as a password.", CHALLENGE)
+            detail = "A token is needed here, and one that is known. Send it as Bearer, or as a password."
+            raise Unauthenticated(detail, CHALLENGE)
         raise Forbidden("This is not yours to do here. Ask who runs this server.")
 
     def check_site(self, environ: WSGIEnvironment, reading: bool) -> None:
@@ -2477,7 +2498,7 @@ def host_name(field: str) -> str | None:
 @functools.lru_cache(256)
 def is_loopback(host: str) -> bool:
     """Whether a name or an address means this machine to everyone."""
-    name = host.strip("[]").lower()
+    name = host.strip("[]").lower().removesuffix(".")
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(name).is_loopback
     return name == "localhost" or name.endswith(".localhost")
@@ -2552,9 +2573,9 @@ def read_config(path: str | os.PathLike[str]) -> Settings:
     digests = [token["sha256"] for token in found["token"]]
     if len(set(digests)) < len(digests):
         raise ValueError(f"{path}: two tokens have the same sha256")
-    tokens = tuple(Token(**token) for token in found["token"])
-    closed = bool(tokens or found["anonymous"])
+    closed = bool(found["token"] or found["anonymous"])
     anonymous = Token("-", **dict(*found["anonymous"])) if closed else EVERYONE
+    tokens = tuple(Token(**token).besides(anonymous) for token in found["token"])
     rules = tuple(Rule(**rule) for rule in found["directory"])
     return Settings(tokens=tokens, anonymous=anonymous, rules=rules)
 
@@ -2632,22 +2653,29 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 REQUIRED = (
     (waitress.channel.HTTPChannel, "received service handle_read handle_write handle_close send"),
     (waitress.channel.HTTPChannel, "write_soon send_continue sent_continue _flush_some total_outbufs_len"),
+    (waitress.channel.HTTPChannel, "_flush_outbufs_below_high_watermark outbufs connected"),
     (waitress.channel.HTTPChannel, "request will_close close_when_flushed task_class error_task_class"),
     (waitress.channel.HTTPChannel, "requests requests_lock outbuf_lock sendbuf_len last_activity addr"),
     (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
     (waitress.parser.HTTPRequestParser, "headers_finished expect_continue chunked content_length completed"),
+    (waitress.parser.HTTPRequestParser, "connection_close"),
     (waitress.receiver.FixedStreamReceiver, "received completed remain buf"),
-    (waitress.receiver.ChunkedReceiver, "received completed control_line trailer buf"),
-    (waitress.server.TcpWSGIServer, "pull_trigger channel_class task_dispatcher active_channels"),
+    (waitress.receiver.ChunkedReceiver, "received completed control_line chunk_remainder trailer buf"),
+    (waitress.server.TcpWSGIServer, "pull_trigger add_task maintenance"),
+    (waitress.server.TcpWSGIServer, "channel_class task_dispatcher active_channels"),
     (waitress.task.WSGITask, "get_environment service execute close_on_finish wrote_header"),
     (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
+    (waitress.buffers.OverflowableBuffer, "append"),
 )
 LINGER = 30  # seconds
 SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
 MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
 OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
-ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI")
+ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")
+TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
+ABSOLUTE_FORM = re.compile("https?://([^/?#]*)", re.I)
+CONTROL = 4096  # bytes of chunks' framing taken at once: waitress copies what follows each line
 TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
 PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
@@ -2706,9 +2734,18 @@ def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironmen
         parser.parse_header(header)
     except ValueError as error:  # of urlsplit, and of int with more than 4300 digits
         raise waitress.parser.ParsingError("The header cannot be read") from error
+    codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(header)]
+    if codings and (codings != [b"chunked"] or not parser.chunked or "CONTENT_LENGTH" in parser.headers):
+        # RFC 9112 §6.1: what follows such a header could be taken for another request
+        raise waitress.parser.ParsingError("Transfer-Encoding: chunked needs HTTP/1.1, no Content-Length")
+    options = parser.headers.get("CONNECTION", "").lower().split(",")  # waitress knows "close" alone
+    parser.connection_close |= "close" in map(str.strip, options)
     parser.body_rcv = None
     channel = types.SimpleNamespace(server=server, addr=("", 0), check_client_disconnected=None)
-    return vars(parser), waitress.task.WSGITask(channel, parser).get_environment()
+    environ = waitress.task.WSGITask(channel, parser).get_environment()
+    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
+        environ["HTTP_HOST"] = absolute[1]
+    return vars(parser), environ
 
 
 @functools.lru_cache(128)
@@ -2721,7 +2758,10 @@ def parse_fields(server: Server, fields: bytes) -> tuple[dict[str, Any], WSGIEnv
 def parse_line(server: Server, line: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
     """What takes the place of that."""
     attributes, environ = parse(server, line + b"\r\n\r\n")
-    return {name: attributes[name] for name in OF_LINE}, {name: environ[name] for name in ENVIRON_OF_LINE}
+    return (
+        {name: attributes[name] for name in OF_LINE},
+        {name: environ[name] for name in ENVIRON_OF_LINE if name in environ},
+    )
 
 
 class Parser(waitress.parser.HTTPRequestParser):
@@ -2746,9 +2786,6 @@ class Parser(waitress.parser.HTTPRequestParser):
             attributes, environ = parse(server, header_plus)
         self.__dict__.update(attributes)
         self.environ = environ | self.channel.environ
-        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            # RFC 9112 §6.1: what follows such a header could be taken for another request
-            raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
         if self.chunked or self.content_length:
             limit = None if self.command in ("PUT", "POST") else PIECE  # of a push, the resource knows it
             body = Body(server.repository.stage(limit))
@@ -2760,23 +2797,33 @@ class Parser(waitress.parser.HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         in_header = not self.headers_finished
+        if self.chunked and self.body_rcv is not None:
+            data = data[: self.body_rcv.chunk_remainder + CONTROL]  # the rest comes again
         consumed: int = super().received(data)
         if self.headers_finished and not self.completed:
             missing = not in_header or self.chunked or self.content_length > len(data) - consumed
-            # a pipelined one waits: it is decided on what those before it will have done
-            if missing and not self.looked and not self.channel.requests:
-                self.looked, self.completed = True, self.first_look()
+            if missing:
+                self.look()
             self.completed |= self.body_rcv.buf.upload.fault is not None
         if self.chunked and self.body_rcv is not None:
             if len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > 64 * 1024:
                 self.error, self.completed = waitress.utilities.BadRequest("A chunk's line is too long"), True
+        self.finish()
+        return len(data) if self.refused else consumed
+
+    def look(self) -> None:
+        """Takes the first look, unless it was taken. A pipelined request waits: it is decided on what
+        those before it will have done."""
+        if not self.looked and not self.channel.requests:
+            self.looked, self.completed = True, self.first_look()
+
+    def finish(self) -> None:
+        """What is to be said of a request of which nothing more is awaited."""
         if self.completed:
             self.expect_continue = False  # or waitress would send 100 and wait for more
             if self.error is not None or (self.body_rcv is not None and not self.body_rcv.completed):
                 self.refused = True
                 self.channel.lingering = time.time() + LINGER
-                return len(data)
-        return consumed
 
     def get_environment(self) -> WSGIEnvironment:
         body = {
@@ -2833,18 +2880,28 @@ class Task(waitress.task.Task):
         lines = [f"HTTP/{self.version} {self.status}", *itertools.starmap(field_line, fields), "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         self.wrote_header, self.content_length = True, length
+        if isinstance(body, list):
+            channel.write_now(head + b"".join(body))
+            return
         if isinstance(body, File):
             body.prepare(int(length or 0))
             channel.write_now(head, MORE)
-            channel.write_soon(body)  # which closes it
-            self.handed_over = True
-        elif isinstance(body, list):
-            channel.write_now(head + b"".join(body))
+            channel.write_soon(body)
         else:
-            channel.write_soon(head)
-            for piece in filter(None, body):  # an empty chunk would be the last one (RFC 9112 §7.1)
-                channel.write_soon(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            channel.write_soon(b"0\r\n\r\n" if chunked else b"")
+            channel.write_now(head, MORE)
+            channel.send_stream(framed(body, chunked))
+        self.handed_over = True  # to the channel, which closes it
+
+
+def framed(body: Iterable[bytes], chunked: bool) -> Generator[bytes, None, None]:
+    """What is sent of a body, piece by piece. Closes it."""
+    try:
+        for piece in filter(None, body):  # an empty chunk would be the last one (RFC 9112 §7.1)
+            yield b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+        if chunked:
+            yield b"0\r\n\r\n"
+    finally:
+        getattr(body, "close", lambda: None)()
 
 
 class Channel(waitress.channel.HTTPChannel):
@@ -2855,6 +2912,8 @@ class Channel(waitress.channel.HTTPChannel):
     task_class = error_task_class = Task
     lingering = 0.0  # until when what arrives is thrown away
     turn = 0  # bytes sent in this turn
+    stream: Generator[bytes, None, None] | None = None  # what is still to be sent of an answer
+    waits = False  # whether the next request is not worked on before the answers to those before it have left
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -2919,7 +2978,52 @@ class Channel(waitress.channel.HTTPChannel):
         if at_once and (request.error or request.answer or request.first_look()):
             self.service()
         else:
-            self.server.task_dispatcher.add_task(self)
+            self.server.add_task(self)
+
+    def send_continue(self) -> None:
+        if not self.refuses():
+            super().send_continue()
+
+    def refuses(self) -> bool:
+        """Whether the request whose body is awaited is answered without it. It may have waited for those
+        before it, so that the first look is still to come."""
+        request = self.request
+        if request is None or not request.headers_finished or self.requests:
+            return False
+        request.look()
+        request.finish()
+        if request.completed:
+            self.request = None
+            self.requests.append(request)
+            self.server.add_task(self)
+        return request.completed
+
+    def send_stream(self, stream: Generator[bytes, None, None]) -> None:
+        """Sends what comes of it, and closes it. No thread waits for the client: each piece is taken when
+        the one before has left. ClientDisconnected."""
+        with self.outbuf_lock:
+            if not self.connected:
+                raise waitress.channel.ClientDisconnected
+            self.stream = stream
+            self._flush_some(False)
+
+    def refill(self) -> None:
+        """Takes the next piece of the stream."""
+        try:
+            piece = next(self.stream or iter(()), None)
+        except (ArtefactsError, OSError) as error:
+            log.error("an answer broke off: %s", error)
+            raise OSError(errno.EIO, "no more can be sent") from error
+        if piece is None:
+            self.stream = None
+        else:
+            # In a buffer of its own: one that is used again is not freed of what was in it.
+            self.outbufs.append(waitress.buffers.OverflowableBuffer(self.adj.outbuf_overflow))
+            self.outbufs[-1].append(piece)
+            self.total_outbufs_len += len(piece)
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Nobody waits for a client here."""
 
     def write_now(self, data: bytes, flags: int = 0) -> None:
         """Sends without a detour through buffers what the socket takes at once."""
@@ -2934,7 +3038,11 @@ class Channel(waitress.channel.HTTPChannel):
         may find the connection closed, and must not close it: the receiving thread is at work on it."""
         with self.outbuf_lock:
             try:
-                return self.connected and bool(super()._flush_some(do_close and self.server.is_ours()))
+                sent = self.connected and super()._flush_some(do_close and self.server.is_ours())
+                while self.connected and self.stream is not None and not self.total_outbufs_len:
+                    self.refill()
+                    sent |= super()._flush_some(do_close and self.server.is_ours())
+                return bool(sent)
             except OSError:
                 self.will_close = True
                 return False
@@ -2943,9 +3051,15 @@ class Channel(waitress.channel.HTTPChannel):
         self.turn = 0
         super().handle_write()
         self.half_close()
+        if self.waits and self.connected and not self.total_outbufs_len:
+            self.waits = False
+            self.server.task_dispatcher.add_task(self)
 
     def service(self) -> None:
         super().service()
+        if self.request is not None:
+            with self.requests_lock:
+                self.refuses()
         self.half_close()
 
     def half_close(self) -> None:
@@ -2967,6 +3081,9 @@ class Channel(waitress.channel.HTTPChannel):
     def handle_close(self) -> None:
         if self.request is not None:
             self.request.close()  # an upload broken off
+        with self.outbuf_lock:
+            if self.stream is not None:
+                self.stream.close()
         super().handle_close()
 
 
@@ -2997,6 +3114,19 @@ class Server(waitress.server.TcpWSGIServer):
             return True
         return not self.repository.durable and request.body_rcv.buf.upload.size <= PIECE
 
+    def add_task(self, channel: Channel) -> None:
+        """A pipelined request waits until what goes before it has left; no thread waits with it."""
+        with channel.outbuf_lock:
+            channel.waits = channel.total_outbufs_len > 0
+        if not channel.waits:
+            super().add_task(channel)
+
+    def maintenance(self, now: float) -> None:
+        """Closes connections on which nothing moves, those with waiting requests among them."""
+        super().maintenance(now)
+        for channel in self.active_channels.values():
+            channel.will_close |= channel.waits and channel.last_activity < now - self.adj.channel_timeout
+
     def is_ours(self) -> bool:
         """Whether this thread is the receiving one, which alone closes connections."""
         return threading.get_ident() == self.thread
@@ -3012,7 +3142,10 @@ class Server(waitress.server.TcpWSGIServer):
             when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
             size = task.content_length if getattr(task.request, "command", "") != "HEAD" else None
             answer = f"{task.status[:3]} {size or '-'}"
-            sys.stderr.write(f'{task.channel.addr[0]} - {escaped(who)} [{when}] "{escaped(line)}" {answer}\n')
+            who = escaped(who).replace(" ", "\\x20")
+            # A log that cannot be written is no reason to answer less; and who would be told?
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(f'{task.channel.addr[0]} - {who} [{when}] "{escaped(line)}" {answer}\n')
 
 
 def escaped(text: str) -> str:
@@ -3066,8 +3199,9 @@ def connection_limit() -> int:
     return max(10, min(CONNECTIONS, (soft - 200) // 2))
 
 
-def run(server: Any) -> None:
-    """Serves until SIGTERM or Ctrl-C; then lets requests in flight finish, GRACE seconds at most."""
+def run(server: Any, url: str) -> None:
+    """Tells the URL, and serves until SIGTERM or Ctrl-C; then lets requests in flight finish, GRACE
+    seconds at most."""
 
     def stop(number: int, frame: object) -> None:
         if stopping:
@@ -3078,6 +3212,7 @@ def run(server: Any) -> None:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    print(url, flush=True)
     while not stopping:
         waitress.wasyncore.loop(timeout=30, use_poll=True, map=server._map, count=1)
     waitress.wasyncore.dispatcher.close(server)  # no new connections
@@ -3087,6 +3222,8 @@ def run(server: Any) -> None:
             channel.will_close |= not (channel.requests or channel.request or channel.total_outbufs_len)
         waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
     server.task_dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
+    for channel in list(server.active_channels.values()):
+        channel.handle_close()  # which discards what was received of an upload
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
@@ -3099,10 +3236,16 @@ def number_between(low: int, high: int) -> Callable[[object], int]:
     return convert
 
 
-def as_argument(convert: Callable[[object], int]) -> Callable[[str], int]:
+def path(text: str) -> str:
+    if not text:  # an unset variable, not the working directory
+        raise ValueError("no path is given")
+    return text
+
+
+def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
     """As argparse wants it, so that it tells the reason."""
 
-    def converted(text: str) -> int:
+    def converted(text: str) -> T:
         try:
             return convert(text)
         except ValueError as error:
@@ -3155,7 +3298,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=as_argument(number_between(0, 65535)), default=8080, metavar="N",
         help="port to listen on, 0 for a free one (default: %(default)s)")
-    add("--data", default="data", metavar="DIR", help="where the artefacts are (default: %(default)s)")
+    add("--data", type=as_argument(path), default="data", metavar="DIR",
+        help="where the artefacts are (default: %(default)s)")
     add("--keep-versions", type=as_argument(number_of_versions), default=0, metavar="N",
         help="versions kept before the current one, or 'all' (default: 0)")
     add("--max-size", type=as_argument(number_of_bytes), metavar="BYTES",
@@ -3163,7 +3307,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=as_argument(number_between(1, 1000)), default=8, metavar="N",
         help="requests worked on at once (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
-    add("--config", metavar="FILE", help="tokens, and rules for directories (TOML)")
+    add("--config", type=as_argument(path), metavar="FILE", help="tokens, and rules for directories (TOML)")
     add("--open", action="store_true", help="without tokens, serve the network all the same")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="without tokens, a name besides the loopback's that this server is asked by")
@@ -3218,11 +3362,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"artefacts.py: {error}\n")
         return 2
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    host = options.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host
     gc.freeze()  # what is there now stays: it need not be looked through again and again
     gc.set_threshold(50_000, 20, 20)
-    print(f"http://{host}:{server.effective_port}/artefacts/", flush=True)
-    run(server)
+    run(server, f"http://{host}:{server.effective_port}/artefacts/")
     return 0
 
 

@@ -987,7 +987,8 @@ RULES: list[tuple[Callable[..., object], list[tuple[Any, ...]]]] = [  # argument
     (a.preferred_format, [(None, accept, "json") for accept in (
         "*/*", "", "application/json", "garbage", "image/png", "text/html;q=0.5, application/json;q=0.6")]),
     (a.preferred_format, [
-        (None, "text/plain", "sha256sums"), ("json", "text/html", "json"),
+        (None, "text/plain", "sha256sums"), (None, "Text/HTML", "html"),
+        (None, ",text/html, ,", "html"), ("json", "text/html", "json"),
         ("sha256sums", "*/*", "sha256sums"), ("pdf", "*/*", a.InvalidRequest), ("", "*/*", a.InvalidRequest),
     ]),
     (a.announced_sha256, [
@@ -1186,6 +1187,13 @@ def test_the_header_fields_of_an_artefact(data: Path, client: testing.TestClient
     drop(data / "app/x.txt", b"two", "20990101T000000.000000Z")  # Last-Modified: not later than now
     modified = call(client, "GET /artefacts/app/x.txt").headers["Last-Modified"]
     assert a.http_seconds(modified) == pytest.approx(time.time(), abs=60)
+
+
+def test_every_listing_is_to_be_asked_for_again(client: testing.TestClient) -> None:
+    for target, method in itertools.product(("", "/app", "/app/x.txt?versions"), ("GET", "HEAD")):
+        for format in "json", "html":
+            headers = call(client, f"{method} /artefacts{target}", headers={"Accept": f"*/{format}"}).headers
+            assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-cache", "nosniff")
 
 
 def test_the_type_is_the_clients_where_it_says_something(client: testing.TestClient) -> None:
@@ -1656,6 +1664,39 @@ def test_pipelined_fetches_of_more_than_is_buffered_hold_nobody_up(tmp_path: Pat
             assert [connection.answer().body == content for _ in range(3)] == [True] * 3
 
 
+def test_clients_that_do_not_read_hold_no_thread(tmp_path: Path) -> None:
+    path, tar = "/artefacts/app/large", head("GET", "/artefacts/app?format=tar")
+    with Program(tmp_path / "data", "--threads", "2") as program, contextlib.ExitStack() as readers:
+        content = os.urandom(40_000_000)
+        assert program.ask(put(path, content)).status == 201
+        for request in [tar] * 3 + [head("GET", path) + head("GET", "/artefacts/app")] * 3:
+            readers.enter_context(program.connect()).send(request)
+        late = readers.enter_context(program.connect())
+        late.send(head("GET", path) + tar + head("GET", path) + put("/artefacts/app/x", b"small"))
+        for number in range(8):
+            assert program.ask(put(f"/artefacts/app/{number}", b"small")).status == 201
+            assert program.get("/artefacts/app").status == 200
+        answers = [late.answer() for _ in range(4)]
+        assert [answer.status for answer in answers] == [200, 200, 200, 201]
+        assert answers[0].body == answers[2].body == content
+        with tarfile.open(fileobj=io.BytesIO(answers[1].body)) as archive:
+            assert set(archive.getnames()) == {"large", *map(str, range(8))}
+
+
+def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    drop(data / "app/large", os.urandom(40_000_000))
+    with Program(data, logged="artefacts: an answer broke off: 'large' became shorter.*") as program:
+        with program.connect() as connection:
+            connection.send(head("GET", "/artefacts/app?format=tar"))
+            connection.file.readline()
+            os.truncate(data / "app/large", 30_000_000)
+            with pytest.raises((ValueError, AssertionError, OSError)):
+                while connection._chunk():
+                    pass
+        assert program.get("/artefacts/app").status == 200
+
+
 def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
     """waitress tells it where the client is gone at the moment that the refusal is sent to it."""
     request: Any = a.Parser(adjustments := Adjustments())
@@ -1702,6 +1743,7 @@ def test_a_worker_that_finds_a_connection_gone_leaves_it_to_the_receiving_thread
 @pytest.mark.parametrize("last", [
     head("GET", THERE, "Connection: close"), head("GET", THERE + "?versions", "Connection: close"),
     head("GET", THERE, version="1.0"), b"nonsense\r\n\r\n",
+    head("GET", THERE, "Connection: TE, close"), head("GET", THERE, "Connection: Close", "Connection: x"),
     put(THERE, b"another", "Connection: close", "If-None-Match: *"),
     put(THERE, b"there", "Connection: close"),
 ])  # fmt: skip
@@ -1766,6 +1808,8 @@ GARBAGE = [  # header fields, what follows them, the request's version
     *((fields, b"3\r\nabc\r\n0\r\n\r\n", version) for fields, version in (
         ([CHUNKED], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.1"),
         (["Transfer-Encoding : chunked"], "1.1"), (["Transfer-Encoding: \x0bchunked"], "1.1"),
+        (["Transfer-Encoding: "], "1.1"), (["Transfer-Encoding: ,"], "1.1"),
+        (["Transfer-Encoding:", "Content-Length: 3"], "1.1"), ([CHUNKED, CHUNKED], "1.1"),
         (["Transfer-Encoding: gzip, chunked"], "1.1"), (["Transfer-Encoding: chunked, identity"], "1.1"),
         *(([f"Content-Length: {length}"], "1.1") for length in (
             "+3", "-1", "1_0", "0x3", "3, 3", "\xb3", "9" * 5000, "3\r\nContent-Length: 0", "3\r\n folded",
@@ -1787,6 +1831,19 @@ def test_a_body_that_cannot_be_delimited(program: Program, number: int) -> None:
     assert program.get(THERE).body == b"there"
     assert program.get("/artefacts/app/garbage").status == 404
     eventually(lambda: program.incoming() == [])
+
+
+def test_an_upload_behind_another_request_is_refused_before_its_body_too(program: Program) -> None:
+    path, expect = "/artefacts/app/there", "Expect: 100-continue"
+    with program.connect() as connection:
+        refused = head("PUT", path, "Content-Length: 9", 'If-Match: "0"', expect)
+        connection.send(head("GET", "/artefacts/app") + refused)
+        assert connection.answer().status == 200 and connection.answer().is_problem(412)
+    with program.connect() as connection:
+        welcome = head("PUT", "/artefacts/app/behind", "Content-Length: 9", expect)
+        connection.send(head("GET", "/artefacts/app") + welcome)
+        assert [connection.answer().status for _ in range(2)] == [200, 100]
+        assert connection.ask(b"123456789").status == 201
 
 
 def test_bytes_behind_the_announced_length_are_another_request(program: Program) -> None:
@@ -2047,8 +2104,49 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path) -> None:
     code = IMPORT + "artefacts.GRACE = 1; artefacts.main()"
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program, half_sent(program):
-        assert program.stop() == 0
-    assert not (tmp_path / "data/app").exists()
+        with program.connect() as large:
+            large.send(head("PUT", "/artefacts/app/x", "Content-Length: 2000000") + bytes(1_000_000))
+            eventually(program.incoming)
+            assert program.stop() == 0
+    assert program.incoming() == [] and not (tmp_path / "data/app").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_can_be_ended_as_soon_as_it_tells_its_url(tmp_path: Path, number: int) -> None:
+    for _ in range(3):
+        with Program(tmp_path / "data") as program:
+            assert program.stop(number) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_log_that_cannot_be_written_costs_no_answer(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "--data", str(tmp_path / "data"), "--port", "0"]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True)
+    with process:
+        assert process.stdout is not None
+        with Connection(urlsplit(process.stdout.readline().strip()).port or 0) as connection:
+            connection.send(head("GET", "/artefacts/") * 3)
+            assert [connection.answer().status for _ in range(3)] == [200] * 3
+        process.terminate()
+
+
+def test_a_fork_pushes_large_ones_too(data: Path) -> None:
+    code = IMPORT + """
+import os
+def push(repository, id):
+    with repository.stage() as upload:
+        for _ in range(40):
+            upload.write(bytes(100_000))
+        repository.push(upload, "app", id)
+repository = artefacts.Repository(sys.argv[1])
+push(repository, "parent")
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+push(repository, "child")
+"""
+    subprocess.run([sys.executable, "-c", code, data], check=True, timeout=20)
+    assert sorted(tree(data)) == ["app/child", "app/parent"]
 
 
 def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp_path: Path) -> None:
@@ -2507,6 +2605,28 @@ def test_a_malformed_form_is_refused(
     assert ids(result.json) == list(stored(data))
 
 
+def test_a_part_has_the_type_that_it_says_or_that_of_its_name(app: testing.TestClient) -> None:
+    said = (b"", b"\r\nContent-Type: text/plain", b"\r\nContent-Type: application/octet-stream")
+    parts = [part(b"%d.html" % number, more=more) for number, more in enumerate(said)]
+    types = [artefact["type"] for artefact in post(app, "/artefacts/app", *parts).json["artefacts"]]
+    assert types == ["text/html", "text/plain", "text/html"]
+
+
+def test_preconditions_hold_for_forms(app: testing.TestClient, data: Path) -> None:
+    for field in ({"If-Match": '"0"'}, {"If-Match": "*"}, {"If-None-Match": "0"}):
+        for path in "/artefacts/app", "/artefacts/app/id":
+            body = part(b"a") + b"--XX--\r\n"
+            result = app.simulate_post(path, headers=FORM | field, body=body)
+            assert result.status_code == (400 if "If-None-Match" in field else 412), (field, path)
+    assert stored(data) == {}
+
+
+def test_the_digest_of_a_form_is_not_taken_for_that_of_a_file(app: testing.TestClient, data: Path) -> None:
+    digest = {"X-Checksum-Sha256": sha256(b"content")}
+    result = app.simulate_post("/artefacts/app", headers=FORM | digest, body=part(b"a") + b"--XX--\r\n")
+    assert (result.status_code, stored(data)) == (400, {}) and "PUT" in result.json["detail"]
+
+
 def test_a_part_with_an_unreadable_type_goes_by_its_name(app: testing.TestClient) -> None:
     result = post(app, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
     assert [artefact["type"] for artefact in result.json["artefacts"]] == ["text/html"]
@@ -2529,6 +2649,27 @@ def test_a_chunked_form_on_a_server_that_streams(app: testing.TestClient, data: 
     told = testing.StartResponseMock()
     app.app(environ, told)
     assert (told.status, stored(data)) == ("201 Created", {"a": b"content"})
+
+
+@pytest.mark.parametrize("breaks", ["in a file", "between files", "at once"])
+def test_a_chunked_form_that_breaks_off_where_the_server_raises(
+    app: testing.TestClient, data: Path, breaks: str
+) -> None:
+    class Breaking(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if not (piece := super().read(size)):
+                raise ValueError("Bad chunked transfer size")
+            return piece
+
+    whole = {"in a file": part(b"a") + part(b"b")[:-5], "between files": part(b"a"), "at once": b""}[breaks]
+    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
+    environ.pop("CONTENT_LENGTH", None)
+    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    told = testing.StartResponseMock()
+    answer = b"".join(app.app(environ | {"wsgi.input": Breaking(whole)}, told))
+    listed = json.loads(answer)
+    assert told.status == "400 Bad Request" and "broke off" in str(listed)
+    assert ids(listed) == list(stored(data))
 
 
 @pytest.mark.parametrize("fields", [(), ("-H", "Transfer-Encoding: chunked")], ids=["length", "chunked"])
@@ -2715,8 +2856,8 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 
 MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all, who builds, without rights
-    ("GET /", 303, 303, 303, 403), ("GET /artefacts", 200, 200, 200, 403),
-    ("GET /artefacts/public/x", 200, 200, 200, 403), ("PUT /artefacts/public/n", 401, 403, 403, 403),
+    ("GET /", 303, 303, 303, 303), ("GET /artefacts", 200, 200, 200, 200),
+    ("GET /artefacts/public/x", 200, 200, 200, 200), ("PUT /artefacts/public/n", 401, 403, 403, 403),
     ("POST /artefacts/public", 401, 403, 403, 403), ("DELETE /artefacts/public", 401, 403, 403, 403),
     ("GET /artefacts/secret", 401, 200, 403, 403), ("HEAD /artefacts/secret/x", 401, 200, 403, 403),
     ("GET /artefacts/secret/x?versions", 401, 200, 403, 403), ("GET /artefacts/none/x", 401, 404, 403, 403),
@@ -2724,9 +2865,9 @@ MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all,
     (f"GET /artefacts/secret/x?version={V1}", 401, 200, 403, 403),
     ("GET /artefacts/.x/x", 401, 400, 403, 403), ("OPTIONS /artefacts/secret/x", 401, 200, 403, 403),
     ("PATCH /artefacts/secret/x", 401, 403, 403, 403), ("GET /artefacts/app-1/x", 401, 200, 200, 403),
-    ("GET /artefacts/Public/x", 401, 404, 403, 403), ("GET /artefacts/public%2Fx", 200, 200, 200, 403),
+    ("GET /artefacts/Public/x", 401, 404, 403, 403), ("GET /artefacts/public%2Fx", 200, 200, 200, 200),
     ("GET /artefacts/secret%2Fx", 401, 200, 403, 403),
-    ("GET /artefacts/public/../secret/x", 400, 400, 400, 403), ("PUT /artefacts/app-1/n", 401, 403, 201, 403),
+    ("GET /artefacts/public/../secret/x", 400, 400, 400, 400), ("PUT /artefacts/app-1/n", 401, 403, 201, 403),
     ("POST /artefacts/app-1/n", 401, 403, 409, 403), ("DELETE /artefacts/app-1/n", 401, 403, 204, 403),
     (f"POST /artefacts/app-1/x?restore={V1}", 401, 403, 201, 403),
     (f"DELETE /artefacts/app-1/x?version={V1}", 401, 403, 204, 403),
@@ -2734,6 +2875,15 @@ MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all,
     ("DELETE /artefacts/app-1", 401, 403, 204, 403), ("PUT /artefacts/nightly/n", 401, 403, 201, 403),
     ("GET /artefacts/nightly/n", 401, 200, 403, 403),
 ]  # fmt: skip
+
+
+def test_with_a_token_one_may_do_what_anybody_may(tmp_path: Path) -> None:
+    open_to_all = TOKENS.replace('read = ["public"]', 'read = ["public"], write = ["drop"]')
+    client = client_of(fill(tmp_path / "data", "public"), open_to_all)
+    for number, token in enumerate((None, READER, CI, IDLE, "unknown")):
+        listing = simulate(client, "GET /artefacts/public/x?versions", *bearer(token))
+        assert (listing.status_code, listing.headers["Cache-Control"]) == (200, "private, no-cache")
+        assert simulate(client, f"PUT /artefacts/drop/{number}", *bearer(token)).status_code == 201
 
 
 @pytest.mark.parametrize("base", ["/artefacts", "/artefact"])
@@ -3016,17 +3166,24 @@ def test_behind_a_stack_that_authenticates_by_itself_none_of_it_is_in_the_way(tm
     assert simulate(client, "GET /artefacts/app/x").headers["Cache-Control"] == "no-cache"
 
 
+def test_the_host_in_the_target_goes_before_the_field(exposed: Program) -> None:
+    """RFC 9112 §3.2.2"""
+    for host, other, status in ("localhost", "evil.example", 403), ("evil.example", "localhost", 303):
+        request = f"GET http://{other}/ HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        assert exposed.ask(request.encode()).status == status
+
+
 HOSTS: dict[tuple[int, ...], list[str]] = {
     (200, 201): [
         "localhost", "LocalHost:8080", "localhost:", "localhost:65535", "127.0.0.1", "127.1.2.3:80", "[::1]",
-        "[::1]:8080", "x.localhost", "artefacts.example", "ARTEFACTS.EXAMPLE:8080",
+        "[::1]:8080", "x.localhost", "localhost.", "artefacts.example", "ARTEFACTS.EXAMPLE:8080",
     ],
     (403,): [
         "example.org", "localhost.example.org", "127.0.0.1.example.org", "evil-localhost",
         "artefacts.example.org", "x.artefacts.example", "10.0.0.1", "0.0.0.0", "[::2]:80", "[::]",
         "2130706433", "0x7f.1",
     ],
-    (400, 403): ["", ":80", "localhost.", "%6cocalhost", "*"],
+    (400, 403): ["", ":80", "%6cocalhost", "*"],
     (400,): [
         "localhost, example.org", "local host", "[::1", "::1", "[localhost]", "[::1]x", "localhost:port",
         "\x7f", "localhost:123456", "localhost:-1", "user@localhost", "http://localhost", "localhost/",

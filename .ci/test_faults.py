@@ -648,7 +648,9 @@ def test_a_fault_at_every_call(before: Path, subtests: pytest.Subtests, operatio
         told = f"{name} at {call.name}({call.arguments.replace(str(data), '')})"
         with subtests.test(told), copied(before) as data:
             with performed(OPERATIONS[operation], data, log, inject % f"error={name}") as (child, raised):
-                assert raised == ["OSError", error], told
+                # What is in the trash is gone already; it is removed another time.
+                clearing = not call.name.startswith("rename") and re.search(r"\.trash[/>]", call.arguments)
+                assert raised == ([] if clearing else ["OSError", error]), told
                 if call.name in ("fsync", "fdatasync"):  # what it was of is given up, not tried again
                     later = iter(calls(log))
                     failed = next(one for one in later if one.name == call.name and not one.done())

@@ -285,3 +285,17 @@ def test_a_body_that_breaks_off_is_not_stored(server: Server, broken: str) -> No
     while os.listdir(server.data / ".incoming"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_of_a_form_that_breaks_off_whole_files_are_stored(server: Server, broken: str) -> None:
+    directory, announced = f"/artefacts/form{len(broken)}", BROKEN[broken][0]
+    part = b'--X\r\nContent-Disposition: form-data; name="f"; filename="%s"\r\n\r\n%s\r\n'
+    form = part % (b"whole", bytes(1000)) + part % (b"half", bytes(9000))
+    if "chunked" in announced:
+        form = b"%x\r\n%b\r\n" % (len(form), form) + (b"xyz\r\n\r\n" if broken == "no chunk" else b"")
+    fields = f"Host: localhost\r\n{announced}\r\nContent-Type: multipart/form-data; boundary=X"
+    header = f"POST {server.base}{directory} HTTP/1.1\r\n{fields}\r\n\r\n"
+    told = send_all(server, header.encode() + form)
+    assert not told or told.split()[1].startswith(b"4"), told
+    assert server.request("GET", f"{directory}/half")[0] == 404
