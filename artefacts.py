@@ -2034,7 +2034,7 @@ def receive(req: falcon.Request, length: int | None, upload: Upload) -> None:
 # == The page =====================================================================================
 #
 # Rendered here, and of use as it is. The script renders no row: after a change it fetches the same
-# page anew and takes its rows. Below a listing, artefacts and the listing's continuation are the only
+# page anew and takes its table. Below a listing, artefacts and the listing's continuation are the only
 # links (what else leads somewhere is a button), so that pip, wget and rclone take nothing else for one.
 
 PAGE = r"""<!doctype html>
@@ -2043,11 +2043,13 @@ PAGE = r"""<!doctype html>
 <style>
 :root { color-scheme: light dark; --soft: light-dark(#59646e, #9aa6b1); --blue: light-dark(#0757a8, #7ab8ff);
   --red: light-dark(#b3261e, #ff938a); --paper: light-dark(#fff, #15191d); --edge: 1px solid #8886;
-  font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); accent-color: var(--blue); }
+  font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); accent-color: var(--blue);
+  scroll-padding: 3rem 0 6rem; }  /* what has the focus lies clear of what is sticky */
 body { max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; } h1 { font-size: 1.4rem; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; } ul { padding: 0; }
 .bar, li { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; } #search { flex: 1; }
 .bar p { flex: 1 0 100%; margin: 0; } li :is(bdi, span) { flex: 1 1 12rem; text-align: left; }
+#uploads li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem; padding: 2px; } /* thousands */
 li[class] progress { display: none; } .failed span { color: var(--red); } label, input { max-width: 100%; }
 button, input { font: inherit; color: inherit; background: var(--paper); border: var(--edge);
   border-radius: .4rem; padding: .3rem .7rem; box-sizing: border-box; }
@@ -2057,11 +2059,11 @@ main:not(:has(time)) label:has(#newest) { display: none; } button:hover, tbody t
 tbody:empty::after { content: "Nothing here yet."; }
 table { width: 100%; border-collapse: collapse; margin-top: 1rem; } tr { border-bottom: var(--edge); }
 td, th { padding: .3rem .4rem; text-align: left; white-space: nowrap; } td:nth-child(2) { text-align: right; }
-td:first-child { white-space: normal; width: 99%; } th { position: sticky; top: 0; background: var(--paper); }
+thead, #status { position: sticky; background: var(--paper); } thead { top: 0; } ::placeholder { opacity: 1; }
+#status { bottom: 0; max-height: 5rem; overflow: auto; } td:first-child { white-space: normal; width: 99%; }
 td button { border: 0; padding: 0 .8rem 0 0; background: none; } .gone a { text-decoration: line-through; }
-#upload p, time, output, span, td button:not(:hover), .gone a { color: var(--soft); }
-#status { position: sticky; bottom: 0; background: var(--paper); } dialog { max-width: min(30rem, 80vw);
-  background: var(--paper); border: var(--edge); border-radius: .6rem; }
+#upload p, time, output, span, td button:not(:hover), .gone a, ::placeholder { color: var(--soft); }
+dialog { max-width: min(30rem, 80vw); background: var(--paper); border: var(--edge); border-radius: .6rem; }
 @media (max-width: 48rem) { thead { display: none; } tr { display: flex; flex-wrap: wrap; padding: .3rem 0; }
   td { padding: .1rem .4rem; } td:first-child { flex: 1 1 100%; } }
 @media (scripting: none) { .script, td:last-child [type=button] { display: none; } }
@@ -2077,17 +2079,26 @@ const form = $("#upload"), files = $("#files"), search = $("#search"), newest = 
 const say = (text) => { $("#status").textContent = text; };
 const isolated = (name) => `\u2068${name}\u2069`;  // from the direction of the text around it
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
-const facts = (row, link = row.querySelector("a"), [url, digest = ""] = link.href.split("#sha256=")) =>
-  ({row, url, digest, name: link.textContent, time: row.querySelector("time")?.dateTime});
+// Without credentials (fetch takes none, nobody is to copy any) and what a shell or curl gives a meaning
+const plain = (url, {origin, pathname, search} = new URL(url)) =>
+  origin + (pathname + search).replace(/['[\]{}]/g, (sign) => `%${sign.charCodeAt().toString(16)}`);
+const facts = (row, link = row.querySelector("a")) => ({row, url: plain(link.href), name: link.textContent,
+  digest: link.hash.slice("#sha256=".length), time: row.querySelector("time")?.dateTime});
 let running = 0, queue = [];  // uploads: how many are at work, and those that wait for their turn
+const lines = {stored: 0, failed: 0, open: 0};  // of the uploads
 let asking = Promise.resolve();  // the last question; the next one waits for its answer
 
+function tally() {  // what was deleted but has versions stays as a row
+  const [shown, there] = [":not([hidden])", ""].map((which) => all(`tbody tr:not(.gone)${which}`).length);
+  if (search) $("output").value = `${shown} of ${there}`;
+}
 function show() {  // the rows: in which order, which of them, and how old they are
   const rows = all("tbody tr").map((row) => facts(row)), words = search?.value.toLowerCase().split(/\s+/);
   if (newest?.checked) rows.sort((a, b) => a.time < b.time ? 1 : -1).map(({row}) => $("tbody").append(row));
   for (const {row, name, digest} of search ? rows : [])
-    row.hidden = !words.every((word) => name.toLowerCase().includes(word) || word === digest);
-  if (search) $("output").value = `${rows.filter(({row}) => !row.hidden).length} of ${rows.length}`;
+    row.hidden = !words.every((word) => name.toLowerCase().includes(word)
+      || word.length >= 12 && digest.startsWith(word));  // as much of it as is shown
+  tally();
   for (const time of all("time")) {
     const at = new Date(time.dateTime), hours = Math.max(0, Date.now() - at) / 3600000;
     const [count, unit] = hours < 1 ? [hours * 60, "min"] : hours < 48 ? [hours, "h"] : [hours / 24, "days"];
@@ -2095,9 +2106,20 @@ function show() {  // the rows: in which order, which of them, and how old they 
     time.title = at.toLocaleString();
   }
 }
+async function request(method, url, headers) {  // throws what is to be said where it was not done
+  const answer = await fetch(plain(url), {method, headers})
+    .catch(() => { throw "The server does not answer. Try again later."; });
+  if (answer.ok) return answer;
+  throw (await answer.json().catch(() => ({}))).detail ?? `The answer was ${answer.status}.`;  // a proxy's
+}
+addEventListener("unhandledrejection", (event) => { event.preventDefault(); say(event.reason); });
+const head = (url) => fetch(url, {method: "HEAD"}).catch(() => ({ok: false}));
+
 async function refresh() {
-  const text = await (await fetch(location, {headers: {Accept: "text/html"}})).text();
-  $("tbody").replaceWith(new DOMParser().parseFromString(text, "text/html").querySelector("tbody"));
+  const text = await (await request("GET", location, {Accept: "text/html"})).text();
+  const table = new DOMParser().parseFromString(text, "text/html").querySelector("table");
+  if (!table) throw "The answer is no listing. Load the page anew.";
+  $("table").replaceWith(table);
   show();
 }
 const ask = (question, yes, dialog = $("dialog")) => asking = asking.then(() => new Promise((resolve) => {
@@ -2105,11 +2127,6 @@ const ask = (question, yes, dialog = $("dialog")) => asking = asking.then(() => 
   dialog.onclose = () => resolve(dialog.returnValue);
   dialog.showModal();
 }));
-async function change(method, url, headers) {  // whether it was done
-  const answer = await fetch(url, {method, headers});
-  if (!answer.ok) say((await answer.json()).detail);
-  return answer.ok;
-}
 function copy(text, what) {  // navigator.clipboard is there on https and localhost only
   document.oncopy = (event) => [event.preventDefault(), event.clipboardData.setData("text/plain", text)];
   say(document.execCommand("copy") ? `${what} copied.` : `Copy it by hand: ${text}`);
@@ -2120,15 +2137,18 @@ const actions = {  // of the buttons, by their names
   curl: ({url}) => copy(`curl -fOJ '${url}'`, "curl command"),
   sha256: ({digest}) => copy(digest, "SHA-256"),
   async restore({name, button}) {
-    if (await ask(`Restore ${name}?`, "Restore") && await change("POST", button.formAction)) refresh();
+    if (!await ask(`Restore ${name}?`, "Restore")) return;
+    await request("POST", button.formAction);
+    await refresh();
   },
   async delete({row, url, digest, name}) {
     const [, size, age] = [...row.cells].map((cell) => cell.textContent);
     const what = age ? `, ${size}, stored ${age}` : " and all that is in it";
     if (!await ask(`Delete ${isolated(name)}${what}?`, "Delete")) return;
-    if (!await change("DELETE", url, digest ? {"If-Match": `"${digest}"`} : {})) return;
-    const {ok: kept} = await fetch(`${url}?versions`, {method: "HEAD"});
+    await request("DELETE", url, digest ? {"If-Match": `"${digest}"`} : {});
+    const {ok: kept} = await head(`${url}?versions`);
     if (kept) row.className = "gone"; else row.remove();  // where there are versions they stay within reach
+    tally();
     say(`${isolated(name)} is deleted.${kept ? " Its versions are kept." : ""}`);
   },
 };
@@ -2141,14 +2161,18 @@ document.addEventListener("click", (event) => {
 
 async function push(chosen) {  // asks first, and once, about what would be replaced
   const folder = $("#into").value.split("/").filter(Boolean);
-  const uploads = await Promise.all(chosen.map(async (file) => {
-    const path = [...folder, file.name], url = form.action + path.map(encodeURIComponent).join("/");
-    const there = await fetch(url, {method: "HEAD"});
-    return {file, url, name: path.join("/"), etag: there.ok && there.headers.get("ETag")};
-  }));
+  const uploads = [], rest = chosen.entries();
+  const look = async () => {
+    for (const [at, file] of rest) {
+      const path = [...folder, file.name], url = plain(form.action) + path.map(encodeURIComponent).join("/");
+      const there = await head(url);  // where that fails, what is there is not replaced
+      uploads[at] = {file, url, name: path.join("/"), etag: there.ok && there.headers.get("ETag")};
+    }
+  };
+  await Promise.all(Array.from({length: 6}, look));  // the browser holds only so many requests
   const names = uploads.filter(({etag}) => etag).map(({name}) => isolated(name)).join(", ");
   const replace = names && await ask(`Replace ${names}?`, "Replace");
-  queue.push(...uploads.filter(({etag}) => replace || !etag).map(upload));
+  queue = queue.concat(uploads.filter(({etag}) => replace || !etag).map(upload));
   while (running < 3 && queue.length) work();
 }
 async function work() {
@@ -2160,7 +2184,9 @@ function upload({file, url, name, etag}) {  // adds a line to the list; returns 
   const [label, bar, note, cancel] = line.children, end = (state, text) => {
     [line.className, note.textContent] = [state, text];
     cancel.remove();
-    say(`${all(".stored").length} stored, ${all(".failed").length} not, ${all("li button").length} to go.`);
+    lines[state]++;
+    lines.open--;
+    say(`${lines.stored} stored, ${lines.failed} not, ${lines.open} to go.`);
   };
   const send = () => new Promise((resolve) => {
     const began = performance.now();
@@ -2185,13 +2211,14 @@ function upload({file, url, name, etag}) {  // adds a line to the list; returns 
   };
   label.textContent = bar.ariaLabel = name;
   $("#uploads").append(line);
+  lines.open++;
   return send;
 }
 if (form) {
   files.onchange = () => form.requestSubmit();
   form.onsubmit = (event) => {
     event.preventDefault();
-    push([...files.files]).catch((error) => say(error.message));
+    push([...files.files]);
     files.value = "";
   };
   for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, (event) => {
@@ -2207,7 +2234,8 @@ show();
 </script>
 """
 UPLOAD = """<form id="upload" class="bar" method="post" enctype="multipart/form-data" action="%s">
-<label class="script">%s pattern="(?!\\.|.*/\\.).*" title="Nothing in it begins with a dot"></label>
+<label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
+ title="Type a name, or names with / between them. None begins with a dot."></label>
 <label>Files <input id="files" type="file" name="file" multiple required></label><button>Upload</button>
 <p class="script">Or drop files anywhere on this page.</p></form><ul id="uploads"></ul>
 <div class="bar script"><input id="search" type="search" aria-label="Filter" placeholder="Name or SHA-256">
@@ -2235,9 +2263,9 @@ def page(title: str, heading: str, content: str) -> str:
     return f"{start}{escape(title)}{middle}<main><h1>{heading}</h1>\n{content}</main>{end}"
 
 
-def page_table(method: str, rows: Iterable[str]) -> str:
+def page_table(method: str, rows: Iterable[str], foot: str = "") -> str:
     head = "<thead><tr><th>Name<th>Size<th>Stored<th>SHA-256<td></thead>"
-    return f'<form method="{method}"><table>{head}\n<tbody>{"".join(rows)}</tbody></table></form>\n'
+    return f'<form method="{method}"><table>{head}\n<tbody>{"".join(rows)}</tbody>{foot}</table></form>\n'
 
 
 def page_row(artefact: Artefact, link: str, name: str, buttons: str) -> str:
@@ -2273,8 +2301,8 @@ def directory_page(directory: str, artefacts: Iterable[Artefact], here: str, fol
 
     heading = f'<a href="{"./" if here else "../"}">Artefacts</a> / <bdi>{escape(directory)}</bdi>'
     form = UPLOAD % (here or "./", 'Folder <input id="into" placeholder="optional"')
-    more = f'<p><a rel="next" href="{escape(following)}">More</a></p>\n' if following else ""
-    return page(f"Artefacts: {directory}", heading, form + page_table("get", map(row, artefacts)) + more)
+    more = f'<tfoot><tr><td><a rel="next" href="{escape(following)}">More</a></tfoot>' if following else ""
+    return page(f"Artefacts: {directory}", heading, form + page_table("get", map(row, artefacts), more))
 
 
 def versions_page(versions: Iterable[tuple[Artefact, bool]], directory: str, id: str, base: str) -> str:

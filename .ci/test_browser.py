@@ -5,11 +5,13 @@ Needs Debian's `chromium` and `chromium-driver`. Starts `python artefacts.py` of
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer, ThreadingTCPServer
 from typing import Any
 from urllib.parse import quote, urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 from selenium import webdriver
@@ -92,11 +95,9 @@ class Program:
         return {path.name for path in (self.data / ".incoming").iterdir()}
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    data = tmp_path_factory.mktemp("data")
-    options = ["--port", "0", "--data", str(data), "--keep-versions", "5", "--quiet"]
-    command = [sys.executable, "artefacts.py", *options]
+@contextlib.contextmanager
+def running(data: Path, *options: str) -> Iterator[Program]:
+    command = [sys.executable, "artefacts.py", "--port", "0", "--data", str(data), "--quiet", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -104,6 +105,24 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
         finally:
             process.terminate()
             assert process.wait(15) == 0
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    with running(tmp_path_factory.mktemp("data"), "--keep-versions", "5") as program:
+        yield program
+
+
+def luminance(color: str) -> float:
+    """Of a computed color, as WCAG 2 has it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    red, green, blue = (((part + 0.055) / 1.055) ** 2.4 if part > 0.04 else part / 12.92 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 @contextlib.contextmanager
@@ -120,20 +139,23 @@ def at_work(server: TCPServer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def elsewhere(page: str, type: str) -> Iterator[tuple[str, list[str]]]:
-    """Another server, which answers everything with this page: its URL, and the requests that it saw."""
+def elsewhere(page: str, type: str, then: int = 200) -> Iterator[tuple[str, list[str]]]:
+    """Another server, which answers everything with this page, after the first time with the status `then`:
+    its URL, and the requests that it saw."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
+            if server.socket.fileno() < 0:  # closed, but the browser had connected before
+                return
             seen.append(f"{self.command} {self.path}")
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(200)
+            self.send_response(then if seen[1:] else 200)
             self.send_header("Content-Type", type)
             self.end_headers()
             self.wfile.write(page.encode())
 
-        do_GET = do_PUT = do_POST = answer
+        do_GET = do_PUT = do_POST = do_DELETE = answer
 
         def log_message(self, *_: object) -> None:
             pass
@@ -229,6 +251,17 @@ class Browser:
 
     def answer(self, text: str) -> None:
         self.press(text, self.find("dialog"))
+
+    def confirm(self, button: str, row: str) -> None:
+        """Presses a row's button, and the dialog's of the same text."""
+        self.press(button, self.row(row))
+        self.question()
+        self.answer(button)
+
+    def pasted(self) -> str:
+        """What was copied."""
+        self.find("#into").send_keys(Keys.CONTROL + "av")
+        return str(self.find("#into").get_property("value"))
 
     def status(self) -> str:
         return self.find("[role=status]").text
@@ -361,6 +394,40 @@ def test_dropped_files_are_uploaded(browser: Browser, program: Program, director
         assert program.get(f"{directory}/{name}") == (text * times).encode()
 
 
+def test_thousands_of_files_are_uploaded(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/there")
+    browser.open(program.url + directory)
+    browser.run("""const real = fetch;
+        let under_way = window.most = 0;
+        window.fetch = (...request) => {
+            window.most = Math.max(most, ++under_way);
+            return real(...request).finally(() => under_way--);
+        };""")
+    browser.drop(*((f"{number}", "x") for number in range(2000)))
+    browser.until(lambda: browser.run("return most"))
+    assert browser.run("return most") < 10  # of more than a thousand, the browser drops some
+    stored = program.data / directory  # looked into, for each look at the page has it laid out anew
+    browser.until(lambda: len(list(stored.iterdir())) == 2001, 120)
+    browser.until(lambda: browser.texts("output") == ["2001 of 2001"])
+    assert browser.status() == "2000 stored, 0 not, 0 to go."
+    assert len(program.listing(directory)) == 2001
+
+
+def test_a_file_that_cannot_be_asked_after_holds_up_no_other(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    for name in ("b", "there"):
+        program.put(f"{directory}/{name}", b"old")
+    browser.open(program.url + directory)
+    browser.run("""const real = fetch;
+        window.fetch = (url, options) => options.method === "HEAD" && /[/][bc]$/.test(url)
+            ? Promise.reject(new TypeError("lost")) : real(url, options);""")
+    browser.drop(*((name, "new") for name in "abcd"))
+    browser.until(lambda: browser.names() == ["a", "b", "c", "d", "there"])
+    assert [program.get(f"{directory}/{name}") for name in "abcd"] == [b"new", b"old", b"new", b"new"]
+    assert browser.texts(".failed bdi") == ["b"]
+
+
 def test_files_are_uploaded_by_the_form_into_a_folder(
     browser: Browser, program: Program, directory: str, tmp_path: Path
 ) -> None:
@@ -382,6 +449,19 @@ def test_a_directory_is_made_by_uploading_into_it(browser: Browser, program: Pro
     browser.find("#into").send_keys("brand new" + Keys.ENTER)
     browser.until(lambda: "brand new" in browser.names())
     assert program.get("brand new/first") == b"first"
+
+
+def test_a_directory_without_a_name_is_refused(browser: Browser, program: Program) -> None:
+    browser.open(program.url)
+    for nameless in ("/", "//"):
+        browser.type("#into", nameless)
+        browser.drop(("file", "text"))
+        assert browser.run("return document.querySelector('#into').validity.patternMismatch")
+    assert "Type a name" in str(browser.find("#into").get_attribute("title"))  # shown with the refusal
+    assert browser.texts("#uploads li") == []
+    browser.type("#into", "/nameless/but/for this/")
+    browser.drop(("file", "text"))
+    browser.until(lambda: program.get("nameless/but/for this/file") == b"text")
 
 
 def test_no_folder_leads_out_of_the_directory(browser: Browser, program: Program, directory: str) -> None:
@@ -479,6 +559,8 @@ def test_the_listing_is_filtered_as_one_types(browser: Browser, program: Program
     assert browser.texts("output") == ["12 of 30"]
     browser.type("#search", hashlib.sha256(b"17").hexdigest().upper())
     assert browser.names() == ["Build-17.txt"]
+    browser.type("#search", hashlib.sha256(b"17").hexdigest()[:12])
+    assert browser.names() == ["Build-17.txt"]
 
 
 def test_the_newest_come_first_where_one_wants(browser: Browser, program: Program, directory: str) -> None:
@@ -496,20 +578,51 @@ def test_link_curl_command_and_digest_are_copied(
 ) -> None:
     name, digest = "it's $HOME.txt", hashlib.sha256(b"content").hexdigest()
     program.put(f"{directory}/{name}")
-
-    def pasted() -> str:
-        browser.find("#into").send_keys(Keys.CONTROL + "av")
-        return str(browser.find("#into").get_property("value"))
-
     browser.open(program.url + directory)
     browser.press("Link", browser.row(name))
-    assert pasted() == f"{program.url}{directory}/it%27s%20%24HOME.txt"
+    assert browser.pasted() == f"{program.url}{directory}/it%27s%20%24HOME.txt"
     browser.press("curl", browser.row(name))
     assert browser.status() == "curl command copied."
-    subprocess.run(pasted() + " -s", shell=True, cwd=tmp_path, check=True)
+    subprocess.run(browser.pasted() + " -s", shell=True, cwd=tmp_path, check=True)
     assert (tmp_path / name).read_bytes() == b"content"
     browser.press(digest[:12])
-    assert pasted() == digest
+    assert browser.pasted() == digest
+
+
+@pytest.mark.parametrize("directory", ["x';touch$IFS$9planted;'", "[1-3]{a,b}"])
+def test_a_curl_command_is_safe_to_paste(
+    browser: Browser, program: Program, directory: str, tmp_path: Path
+) -> None:
+    """Whoever leads somebody here chooses how the URL is written; the browser leaves these signs in it."""
+    name = "it's {a,b} [1-3] $(touch planted).txt"
+    program.put(f"{directory}/{name}")
+    browser.open(f"{program.url}{directory}/")
+    browser.press("curl")
+    subprocess.run(browser.pasted() + " -s", shell=True, cwd=tmp_path, check=True)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"content")]
+
+
+def test_credentials_in_the_url_are_neither_in_the_way_nor_copied(started: Browser, tmp_path: Path) -> None:
+    config = tmp_path / "artefacts.toml"
+    sha256 = hashlib.sha256(b"secret").hexdigest()
+    config.write_text(f'[[token]]\nname = "ci"\nsha256 = "{sha256}"\nread = ["*"]\nwrite = ["*"]\n')
+    authorization = {"Authorization": "Basic " + base64.b64encode(b"ci:secret").decode()}
+    with running(tmp_path / "data", "--config", str(config), "--keep-versions", "5") as program:
+        assert program.request("PUT", "private/a", b"old", **authorization)[0] == 201
+        started.open(program.url.replace("//", "//ci:secret@") + "private")
+        started.drop(("b", "new"))
+        started.until(lambda: started.names() == ["a", "b"])
+        started.press("Link", started.row("a"))
+        assert started.pasted() == f"{program.url}private/a"
+        started.press("curl", started.row("a"))
+        assert started.pasted() == f"curl -fOJ '{program.url}private/a'"
+        started.confirm("Delete", "a")
+        started.until(lambda: "Its versions are kept." in started.status())
+        started.press("Versions", started.row("a"))
+        started.until(lambda: "Restore" in started.texts("td button"))
+        started.confirm("Restore", *started.names())
+        started.until(lambda: len(started.names()) == 2)
+        assert program.request("GET", "private/a", None, **authorization) == (200, b"old")
 
 
 def test_an_artefact_is_deleted_once_that_is_confirmed(
@@ -527,6 +640,7 @@ def test_an_artefact_is_deleted_once_that_is_confirmed(
     browser.answer("Delete")
     browser.until(lambda: "is deleted" in browser.status())
     assert program.listing(directory) == ["c"]
+    assert browser.texts("output") == ["1 of 1"]
 
 
 def test_nothing_is_deleted_that_changed_since_it_was_listed(
@@ -553,6 +667,48 @@ def test_a_directory_is_deleted_once_that_is_confirmed(
     browser.answer("Delete")
     browser.until(lambda: directory not in browser.names())
     assert program.request("GET", directory)[0] == 404
+    left = len(browser.names())
+    assert browser.texts("output") == [f"{left} of {left}"]
+
+
+@pytest.mark.parametrize(
+    ("query", "control"), [("", "Newest first"), ("", "Delete"), ("/a?versions", "Restore")]
+)
+def test_it_says_that_the_server_is_away(
+    started: Browser, program: Program, directory: str, query: str, control: str
+) -> None:
+    """First a proxy answers in its place, with an error and HTML, and then nothing does."""
+    for body in (b"one", b"two"):
+        program.put(f"{directory}/a", body)
+    request = Request(f"{program.url}{quote(directory)}{query}", headers={"Accept": "text/html"})
+    with urlopen(request) as answer:
+        page = answer.read().decode()
+
+    def attempt() -> None:
+        if control == "Newest first":
+            started.find("#newest").click()
+        else:
+            started.confirm(control, names[-1])
+
+    started.log("browser")
+    with elsewhere(page, "text/html", 502) as (url, _):
+        started.open(f"{url}artefacts/{quote(directory)}{query}")
+        names = started.names()
+        attempt()
+        started.until(lambda: started.status() == "The answer was 502.")
+    attempt()
+    started.until(lambda: "does not answer" in started.status())
+    assert started.names() == names
+    assert not [entry for entry in started.log("browser") if "Uncaught" in entry["message"]]
+
+
+def test_a_listing_that_is_gone_stays_as_it_was(browser: Browser, program: Program, directory: str) -> None:
+    program.put(f"{directory}/a")
+    browser.open(program.url + directory)
+    assert program.request("DELETE", directory)[0] == 204
+    browser.find("#newest").click()
+    browser.until(lambda: browser.status() == program.detail("GET", directory))
+    assert browser.names() == ["a"]
 
 
 def test_versions_are_listed_fetched_restored_and_erased(
@@ -604,6 +760,21 @@ def test_a_listing_that_was_cut_leads_on(browser: Browser, program: Program, dir
     browser.until(lambda: browser.names() == ["d"])
 
 
+def test_it_leads_on_where_the_listing_does_by_now(
+    browser: Browser, program: Program, directory: str
+) -> None:
+    for name in ("a", "b"):
+        program.put(f"{directory}/{name}")
+    browser.open(program.url + directory + "?limit=2")
+    assert "More" not in browser.texts("a")
+    browser.drop(("c", "text"))
+    browser.until(lambda: "More" in browser.texts("a"))
+    program.request("DELETE", f"{directory}/c")
+    browser.find("#newest").click()
+    browser.until(lambda: "More" not in browser.texts("a"))
+    assert browser.names() == ["b", "a"]
+
+
 def test_the_keyboard_is_enough(browser: Browser, program: Program, directory: str) -> None:
     program.put(f"{directory}/a")
     digest = hashlib.sha256(b"content").hexdigest()
@@ -642,6 +813,44 @@ def test_every_control_has_a_name(browser: Browser, program: Program, directory:
         assert controls and all(control.accessible_name for control in controls if control.is_displayed())
 
 
+@pytest.mark.parametrize(("width", "height"), [(1000, 640), (320, 640)])
+def test_nothing_covers_what_has_the_focus(
+    browser: Browser, program: Program, directory: str, width: int, height: int
+) -> None:
+    for number in range(20):
+        program.put(f"{directory}/{number:02}.bin")
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        browser.open(program.url + directory)
+        browser.press("curl")
+        assert browser.status() == "curl command copied."
+        covered = browser.run("""
+            const all = [...document.querySelectorAll("a, button, input")];
+            const controls = all.filter(one => one.checkVisibility());
+            return [...controls, ...controls.toReversed()].filter(one => {
+              one.focus();
+              const {x, y, width, height} = one.getBoundingClientRect();
+              return ![1, height / 2, height - 1].every(down =>
+                one.contains(document.elementFromPoint(x + width / 2, y + down)));
+            }).map(one => one.textContent);""")
+        assert covered == []
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_tables_head_stays_in_sight(browser: Browser, program: Program, directory: str) -> None:
+    for number in range(40):
+        program.put(f"{directory}/{number:02}.bin")
+    browser.open(program.url + directory)
+    on_top = browser.run("""document.querySelector("tbody tr:nth-child(20)").scrollIntoView(true);
+        return [...document.querySelectorAll("thead :is(th, td)")].map(cell => {
+          const {x, width} = cell.getBoundingClientRect();
+          return cell.contains(document.elementFromPoint(x + width / 2, 5));
+        });""")
+    assert on_top == [True] * 5
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_can_be_read_on_a_phone_and_in_the_dark(
     browser: Browser, program: Program, directory: str, scheme: str
@@ -657,9 +866,12 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(
             browser.open(program.url + path)
             assert browser.run("return document.documentElement.scrollWidth") == 360
             assert browser.names()
-            ink, paper = browser.run("""const style = getComputedStyle(document.documentElement);
-                return [style.color, style.backgroundColor].map(color => parseInt(color.match(/\\d+/)))""")
-            assert ink - paper > 150 if scheme == "dark" else paper - ink > 150
+            ink, paper, *hints = browser.run("""const style = getComputedStyle(document.documentElement);
+                const hints = [...document.querySelectorAll("[placeholder]")];
+                return [style.color, style.backgroundColor,
+                        ...hints.map(hint => getComputedStyle(hint, "::placeholder").color)]""")
+            assert (luminance(ink) > luminance(paper)) == (scheme == "dark")
+            assert contrast(ink, paper) > 15 and all(contrast(hint, paper) >= 4.5 for hint in hints)
     finally:
         command("Emulation.clearDeviceMetricsOverride", {})
         command("Emulation.setEmulatedMedia", {"features": []})
