@@ -2958,7 +2958,9 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
-        if not self.splice():
+        with self.requests_lock:  # a worker may find that what is received is refused (`refuses`)
+            moved = self.splice()
+        if not moved:
             super().handle_read()
 
     def splice(self) -> bool:
@@ -2979,10 +2981,10 @@ class Channel(waitress.channel.HTTPChannel):
         return moved > 0
 
     def received(self, data: bytes) -> bool:
-        if self.lingering:
-            self.will_close |= time.time() > self.lingering
-            return True
         with self.requests_lock:
+            if self.lingering:
+                self.will_close |= time.time() > self.lingering
+                return True
             while data and not (self.will_close or self.close_when_flushed):
                 if self.request is None:
                     self.request = self.parser_class(self.adj)
@@ -3092,7 +3094,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     def half_close(self) -> None:
         if self.lingering:
-            with self.outbuf_lock, contextlib.suppress(OSError):
+            # Of the requests' lock, because who sets `lingering` adds the request to be answered after that.
+            with self.requests_lock, self.outbuf_lock, contextlib.suppress(OSError):
                 if self.connected and not self.requests and not self.total_outbufs_len:
                     self.socket.shutdown(socket.SHUT_WR)
 
@@ -3112,6 +3115,11 @@ class Channel(waitress.channel.HTTPChannel):
         with self.outbuf_lock:
             if self.stream is not None:
                 self.stream.close()
+        if self.lingering and self.socket is not None:
+            # The client may have ended what it sends before all of it was read here (POLLHUP).
+            with contextlib.suppress(OSError):
+                for _ in range(TURN // PIECE):
+                    self.socket.recv(PIECE)
         super().handle_close()
 
 
@@ -3381,7 +3389,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = settings_of(options)
         repository = make_repository(options.data, settings, not options.no_fsync, make=not options.verify)
         if options.verify:
-            return verify(repository)
+            with contextlib.suppress(KeyboardInterrupt):
+                return verify(repository)
+            return 130
         server = make_server(application(repository, settings), repository, options)
     except OSError as error:
         where = error.filename or f"{options.host}:{options.port}"

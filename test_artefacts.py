@@ -1846,6 +1846,18 @@ def test_an_upload_behind_another_request_is_refused_before_its_body_too(program
         assert connection.ask(b"123456789").status == 201
 
 
+def test_who_ends_his_side_behind_a_refused_upload_gets_every_answer(program: Program, large: bytes) -> None:
+    """Closed with bytes of it unread, the connection would be reset, and what was on its way be lost."""
+    for _ in range(5):
+        with program.connect() as connection:
+            refused = put(THERE, bytes(500_000), 'If-Match: "0"')
+            connection.send(head("GET", "/artefacts/app/large") + refused)
+            connection.socket.shutdown(socket.SHUT_WR)
+            assert connection.answer().body == large
+            time.sleep(0.1)
+            assert connection.answer().is_problem(412) and connection.ends()
+
+
 def test_bytes_behind_the_announced_length_are_another_request(program: Program) -> None:
     with program.connect() as connection:
         request = head("PUT", "/artefacts/app/short", "Content-Length: 3") + b"abcdef\r\n\r\n"
