@@ -447,8 +447,8 @@ class Upload:
             if self._hashing is None or self._hashing.done():
                 self._hashing = self._repository.hashers().submit(self._hash, self.size)
 
-    def copy(self, content: Content) -> None:
-        """Appends the whole of another one; Damaged where less is there."""
+    def write_all(self, content: Content) -> None:
+        """Appends the whole of what is stored already; Damaged where less is there."""
         for piece in content.pieces():
             self.write(piece)
 
@@ -743,9 +743,9 @@ class Repository:
         where a folder is in the way of the artefact, or an artefact in the way of a folder."""
         segments = check_names(directory, id)
         staged = Artefact(directory, id, upload.size, _now(), type_of(id, type), upload.digest())
-        twin = self._twin(upload, staged, segments) if self.durable else None
+        twin = self._twin(upload, staged, segments) if self.durable or upload.staged else None
         if twin is None:
-            upload.seal(staged)  # an identical push waits for no disk
+            upload.seal(staged)  # an identical push waits for no disk, and compares outside the lock
         # Under the lock there is as little as can be: after each system call a thread waits for the
         # interpreter, and all others for the lock.
         versioned = self._is_versioned(directory, segments)
@@ -777,7 +777,7 @@ class Repository:
             check(current)
 
         with self.fetch(directory, id, version) as content, self.stage() as upload:
-            upload.copy(content)
+            upload.write_all(content)
             if content.artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
             return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
@@ -913,7 +913,7 @@ class Repository:
                     os.link(name, version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
                     return True
             with self.stage() as copy:
-                copy.copy(current)
+                copy.write_all(current)
                 copy.seal(replace(current.digested(), time=version_time(version)))
                 copy.link(kept, version)
             return True
@@ -2674,6 +2674,8 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   other answer is final. So a refusal comes before the body, from the code that would refuse it
 #   after; and what can be answered at once is, without a hand-over between threads.
 # - A file is sent by the kernel, from its cache to the socket (sendfile).
+# - No thread waits for a client: a stream is asked for its next piece when the one before has left,
+#   and a pipelined request is worked on when the answers before it have.
 # - A connection stays open after 204, 304 and chunked answers, which end by themselves.
 # - One that refused a body reads on for LINGER seconds: closed at once it would be reset, and the
 #   client might lose the answer (RFC 9112 §9.6).
