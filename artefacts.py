@@ -2834,6 +2834,8 @@ class Parser(waitress.parser.HTTPRequestParser):
             missing = not in_header or self.chunked or self.content_length > len(data) - consumed
             if missing:
                 self.look()
+            else:
+                self.expect_continue = False  # who sends the body along waits for nothing
             self.completed |= self.body_rcv.buf.upload.fault is not None
         if self.chunked and self.body_rcv is not None:
             if len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > 64 * 1024:
@@ -2994,7 +2996,7 @@ class Channel(waitress.channel.HTTPChannel):
                 data = data[request.received(data) :]
                 if request.expect_continue and request.headers_finished:
                     if not self.requests and not self.sent_continue:
-                        self.send_continue()
+                        super().send_continue()
                 if request.completed:
                     self.request, self.sent_continue = None, False
                     if not request.empty:
@@ -3013,14 +3015,16 @@ class Channel(waitress.channel.HTTPChannel):
             self.server.add_task(self)
 
     def send_continue(self) -> None:
+        """What `service` calls where a request waited for those before it."""
         if not self.refuses():
             super().send_continue()
 
     def refuses(self) -> bool:
-        """Whether the request whose body is awaited is answered without it. It may have waited for those
-        before it, so that the first look is still to come."""
+        """Whether the request whose body is awaited, behind others until now, is answered without it."""
         request = self.request
         if request is None or not request.headers_finished or self.requests:
+            return False
+        if self.will_close or self.close_when_flushed:
             return False
         request.look()
         request.finish()

@@ -1846,6 +1846,17 @@ def test_an_upload_behind_another_request_is_refused_before_its_body_too(program
         assert connection.ask(b"123456789").status == 201
 
 
+def test_who_expects_100_and_sends_the_body_along(program: Program) -> None:
+    """RFC 9110 §10.1.1: then none need be sent."""
+    path, expect = "/artefacts/app/along", "Expect: 100-continue"
+    refused, stored = put(path, b"1", expect, 'If-Match: "0"'), put(path, b"2", expect)
+    requests = (refused, 412), (stored, 201), (head("GET", path), 200)
+    with program.connect() as connection:
+        connection.send(b"".join(request for request, _ in requests))
+        assert [connection.answer().status for _ in requests] == [status for _, status in requests]
+        assert connection.ask(head("GET", path)).body == b"2"
+
+
 def test_who_ends_his_side_behind_a_refused_upload_gets_every_answer(program: Program, large: bytes) -> None:
     """Closed with bytes of it unread, the connection would be reset, and what was on its way be lost."""
     for _ in range(5):
