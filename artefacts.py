@@ -278,6 +278,7 @@ LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>": of what it was computed
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
+NO_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what the opening of a link or a socket says
 # What a file system says that has no attributes, or none for us; the memory takes their place.
 NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
 
@@ -677,19 +678,22 @@ class Repository:
     def verify(self) -> Iterator[tuple[Artefact, str]]:
         """Reads every artefact and every version, and tells of each what its bytes are: "whole",
         "damaged" (not what was stored), "changed" (edited in place, which its stamp tells from
-        damage), "new" (never digested), or "unreadable", for what reason stands in the log. The digests
-        of the changed and the new are remembered. Of a folder that is unreadable nothing more is told."""
+        damage), "new" (never digested), or "unreadable" (a folder, too), for what reason stands in the
+        log. The digests of the changed and the new are remembered."""
         for directory in self.directories():
             for path in ((directory,), (directory, VERSIONS)):
+                unread: list[tuple[str, OSError]] = []
                 try:
                     with Descriptor(self._open_folder(*path)) as folder:
-                        for id, within, name in self._walk(folder, "", "", "", MAX_ID + 32):
+                        for id, within, name in self._walk(folder, "", "", "", MAX_ID + 32, unread):
                             yield from self._verify(directory, id, within, name, path[1:] == (VERSIONS,))
                 except FileNotFoundError:  # no versions, or gone meanwhile
                     pass
                 except OSError as error:
-                    log.error("%s: %s", "/".join(path), error)
-                    yield Artefact(*path[:1], "/".join(path[1:]), 0, 0, "", None), "unreadable"
+                    unread.append(("", error))
+                for id, reason in unread:
+                    log.error("%s/%s: %s", "/".join(path), id, reason)
+                    yield Artefact(directory, "/".join((*path[1:], id)), 0, 0, "", None), "unreadable"
 
     def _verify(self, directory: str, id: str, folder: int, name: str,
                 is_version: bool) -> Iterator[tuple[Artefact, str]]:
@@ -706,6 +710,8 @@ class Repository:
         except (FileNotFoundError, Conflict):  # gone meanwhile; no file
             return
         except OSError as error:
+            if error.errno in NO_FILE:
+                return
             log.error("%s/%s: %s", directory, id, error)
             yield Artefact(directory, id, 0, time or 0, "", None), "unreadable"
             return
@@ -879,6 +885,9 @@ class Repository:
             staged = replace(staged, time=min(max(newest + 1, _now()), LAST_TIME))
             upload.seal(staged)
         filed = self._keep(current, segments, staged.time) if current is not None and keep else None
+        if filed is not None and version_time(filed) >= staged.time:
+            staged = replace(staged, time=min(version_time(filed) + 1, LAST_TIME))
+            upload.seal(staged)
         try:
             upload.move(folder, segments[-1])
         except IsADirectoryError:  # an empty one, or `_look` would have refused
@@ -893,33 +902,41 @@ class Repository:
         """Gives the current file its version's name, durably, and tells that. Should another file have
         it (a hand can give two the same time), it becomes the next one. `newest`: the time of the
         newest version there is then."""
-        directory, version = current.artefact.directory, current.artefact.version
+        directory, time = current.artefact.directory, current.artefact.time
         with (
             self._make_folder(directory, *segments[:-1]) as folder,
             self._make_folder(directory, VERSIONS, *segments) as kept,
         ):
-            while not self._file(current, version, folder, segments[-1], kept):
-                version = replace(current.artefact, time=version_time(version) + 1).version
+            while not self._file(current, replace(current.artefact, time=time), folder, segments[-1], kept):
+                if time == LAST_TIME:
+                    raise Conflict(f"No version is later than '{current.artefact.id}'. Touch the file.")
+                time += 1
+            newest = max(newest, time)
             os.utime(kept, ns=(newest * 1000, newest * 1000))  # what `_marked` reads
             self.sync(kept)
-        return version
+        return replace(current.artefact, time=time).version
 
-    def _file(self, current: Content, version: str, folder: int, name: str, kept: int) -> bool:
+    def _file(self, current: Content, version: Artefact, folder: int, name: str, kept: int) -> bool:
         """Links the current file, by its name, to that of a version, or a copy of it where its time is
         another one or it is somebody else's (fs.protected_hardlinks). Whether it has that name now."""
         try:
-            if version == current.artefact.version:
-                with contextlib.suppress(PermissionError):
-                    os.link(name, version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
-                    return True
-            with self.stage() as copy:
-                copy.write_all(current)
-                copy.seal(replace(current.digested(), time=version_time(version)))
-                copy.link(kept, version)
-            return True
-        except FileExistsError:  # a crash came between a link and its rename, or a hand copied it
-            with self._open(kept, version, current.artefact.directory, current.artefact.id) as there:
-                return there.digested().sha256 == current.digested().sha256
+            there = os.stat(version.version, dir_fd=kept, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+        else:  # a crash came between a link and its rename, or a hand put it there
+            if not stat.S_ISREG(there.st_mode):
+                return False
+            with self._open(kept, version.version, version.directory, version.id) as content:
+                return content.digested().sha256 == current.digested().sha256
+        if version.time == current.artefact.time:
+            with contextlib.suppress(PermissionError):
+                os.link(name, version.version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
+                return True
+        with self.stage() as copy:
+            copy.write_all(current)
+            copy.seal(replace(version, sha256=current.digested().sha256))
+            copy.link(kept, version.version)
+        return True
 
     @looking_again
     def _marked(self, directory: str, segments: Sequence[str]) -> int:
@@ -1104,7 +1121,7 @@ class Repository:
         except FileNotFoundError:
             return None, None
         except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            if error.errno in NO_FILE:
                 raise _in_the_way(id) from None
             raise
 
@@ -1132,10 +1149,11 @@ class Repository:
             os.close(fd)
             raise
 
-    def _walk(self, folder: int, inside: str, prefix: str, after: str,
-              longest: int = MAX_ID) -> Iterator[tuple[str, int, str]]:
+    def _walk(self, folder: int, inside: str, prefix: str, after: str, longest: int = MAX_ID,
+              unread: list[tuple[str, OSError]] | None = None) -> Iterator[tuple[str, int, str]]:
         """(id, the open folder it is in, name there) of every file below, in the order of the ids.
-        Follows no link, and enters no folder in which no id can match."""
+        Follows no link, and enters no folder in which no id can match. `unread` takes the folders that
+        cannot be read; without it they raise."""
         for name in self._names(folder):
             id = inside + name
             if len(id) > MAX_ID // 4 and len(id.encode()) > longest:
@@ -1144,9 +1162,15 @@ class Repository:
                 if id.startswith(prefix) and id > after:
                     yield id, folder, name
             elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # changed meanwhile
+                try:
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
-                        yield from self._walk(child, id, prefix, after, longest)
+                        yield from self._walk(child, id, prefix, after, longest, unread)
+                except (FileNotFoundError, NotADirectoryError):  # changed meanwhile
+                    pass
+                except OSError as error:
+                    if unread is None:
+                        raise
+                    unread.append((id, error))
 
     def _names(self, folder: int) -> list[str]:
         """What is in an open folder, sorted, with a slash behind a folder, and maybe what just went.
@@ -1222,11 +1246,14 @@ class Repository:
         may not be read has what its name and its folder tell."""
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            known = self._known_as(directory, id, status)
-            if known is not None and (known.sha256 is not None or not digest):
-                return known  # and the file need not be opened
-            if not stat.S_ISREG(status.st_mode):
-                return None
+        except FileNotFoundError:
+            return None
+        known = self._known_as(directory, id, status)
+        if known is not None and (known.sha256 is not None or not digest):
+            return known  # and the file need not be opened
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        try:
             with self._open(folder, name, directory, id) as content:
                 return content.digested() if digest else content.artefact
         except (FileNotFoundError, Conflict):
@@ -2734,7 +2761,10 @@ class Body:
         return self.upload
 
     def close(self) -> None:
-        self.upload.close()
+        try:
+            self.upload.close()
+        except OSError as error:  # of the unlinking; a sweep comes to it. Nobody here can do better
+            log.error("what was staged cannot be removed: %s", error)
 
 
 class File(waitress.buffers.ReadOnlyFileBasedBuffer):
@@ -2989,7 +3019,8 @@ class Channel(waitress.channel.HTTPChannel):
             if self.lingering:
                 self.will_close |= time.time() > self.lingering
                 return True
-            while data and not (self.will_close or self.close_when_flushed):
+            # What is sent meanwhile may find the client gone.
+            while data and self.connected and not (self.will_close or self.close_when_flushed):
                 if self.request is None:
                     self.request = self.parser_class(self.adj)
                 request = self.request
@@ -3042,6 +3073,8 @@ class Channel(waitress.channel.HTTPChannel):
                 raise waitress.channel.ClientDisconnected
             self.stream = stream
             self._flush_some(False)
+        if self.will_close:  # it broke off: nothing may follow
+            raise waitress.channel.ClientDisconnected
 
     def refill(self) -> None:
         """Takes the next piece of the stream."""
@@ -3159,8 +3192,8 @@ class Server(waitress.server.TcpWSGIServer):
     def add_task(self, channel: Channel) -> None:
         """A pipelined request waits until what goes before it has left; no thread waits with it."""
         with channel.outbuf_lock:
-            channel.waits = channel.total_outbufs_len > 0
-        if not channel.waits:
+            channel.waits = waits = channel.total_outbufs_len > 0
+        if not waits:  # and not `channel.waits`: the receiving thread may be at it already
             super().add_task(channel)
 
     def maintenance(self, now: float) -> None:

@@ -722,6 +722,30 @@ def test_a_file_that_has_the_versions_name_already(data: Path, leftover: str, th
     assert {artefact.type for artefact, _ in repository.versions("app", "x.txt")} == {"text/plain"}
 
 
+@pytest.mark.parametrize("keep", [3, a.ALL])
+def test_files_of_one_time_become_versions_of_their_own(data: Path, keep: int) -> None:
+    """Also where that time is ahead of the clock, and the next version's name is the one after it."""
+    repository, far = a.Repository(data, keep_versions=keep), "21000101T000000.000000Z"
+    for content in b"one", b"two":
+        drop(data / "app/x", content, far)
+        repository.delete("app", "x")
+    drop(data / "app/x", b"three", far)
+    assert push(repository, "x", b"four").time > a.version_time(far) + 2
+    versions = [artefact.version for artefact, _ in repository.versions("app", "x")]
+    contents = [fetched(repository, "x", version) for version in versions]
+    assert contents == [b"four", b"three", b"two", b"one"] and len(set(versions)) == 4
+
+
+def test_behind_the_last_time_there_is_no_version(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, last = a.Repository(data, keep_versions=3), "21000101T000000.000000Z"
+    monkeypatch.setattr(a, "LAST_TIME", a.version_time(last))  # no file system has the real one
+    drop(data / "app/x", b"one", last)
+    assert push(repository, "x", b"two").version == last
+    with pytest.raises(a.Conflict, match="Touch"):
+        push(repository, "x", b"three")
+    assert fetched(repository, "x") == b"two"
+
+
 def test_what_is_replaced_is_kept_however_old_its_time_is(data: Path) -> None:
     repository = a.Repository(data, keep_versions=1)
     for id in "replaced", "deleted":
@@ -1681,6 +1705,25 @@ def test_clients_that_do_not_read_hold_no_thread(tmp_path: Path) -> None:
         assert answers[0].body == answers[2].body == content
         with tarfile.open(fileobj=io.BytesIO(answers[1].body)) as archive:
             assert set(archive.getnames()) == {"large", *map(str, range(8))}
+
+
+def test_what_cannot_be_removed_holds_up_no_connection(data: Path) -> None:
+    path = "/artefacts/app/x"
+    half = head("PUT", "/artefacts/app/y", "Content-Length: 2000000") + bytes(1_000_000)
+    logged = "artefacts: what was staged cannot be removed: .*"
+    with Program(data, before=without_privileges(), logged=logged) as program:
+        with program.connect() as connection, program.connect() as unfinished:
+            connection.send(head("PUT", path, "Content-Length: 600000", f"X-Checksum-Sha256: {'0' * 64}"))
+            connection.send(bytes(599_999))
+            unfinished.send(half)
+            eventually(lambda: len(program.incoming()) == 2)
+            (data / ".incoming").chmod(0o555)
+            assert connection.ask(b"x").is_problem(400)
+            assert connection.ask(head("GET", "/artefacts/app")).status in (200, 404)
+            program.process.send_signal(signal.SIGTERM)
+            eventually(lambda: not program.listens())
+        assert program.process.wait(20) == 0
+    (data / ".incoming").chmod(0o755)
 
 
 def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path) -> None:
@@ -3498,16 +3541,21 @@ def test_verify_goes_on_behind_what_cannot_be_read(data: Path, capsys: pytest.Ca
     kept.write_bytes(b"0ne")
     os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
     (data / "app/a").chmod(0)
-    drop(data / "closed/x", b"")
-    (data / "closed").chmod(0)
+    for folder in "app/closed", "closed":
+        drop(data / folder / "x", b"")
+        (data / folder).chmod(0)
+    os.symlink("a", data / "app/latest")  # no artefact, and no reason to worry
+    os.mkfifo(data / "app/fifo")
     command = [*without_privileges(), sys.executable, str(PROGRAM), "--data", str(data), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     *found, counts = done.stdout.splitlines()
-    closed = ["unreadable: closed/", "unreadable: closed/.versions"]
-    assert found == ["unreadable: app/a", f"damaged: app/{id} {kept.name}", *closed]
-    assert counts == "2 whole, 0 new, 0 changed, 1 damaged, 3 unreadable" and done.returncode == 1
-    assert done.stderr.count("Permission denied") == 3 and "Traceback" not in done.stderr
-    (data / "closed").chmod(0o755)
+    closed = ["unreadable: closed/", "unreadable: closed/.versions/"]
+    damaged = f"damaged: app/{id} {kept.name}"
+    assert found == ["unreadable: app/a", "unreadable: app/closed/", damaged, *closed]
+    assert counts == "2 whole, 0 new, 0 changed, 1 damaged, 4 unreadable" and done.returncode == 1
+    assert done.stderr.count("Permission denied") == 4 and "Traceback" not in done.stderr
+    for folder in "app/closed", "closed":
+        (data / folder).chmod(0o755)
 
 
 def test_verify_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -3519,6 +3567,20 @@ def test_verify_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 # == What the server may not touch ================================================================
+
+
+def test_a_stream_that_breaks_off_at_once_is_followed_by_nothing(data: Path) -> None:
+    for name in "abc":
+        drop(data / "app" / name, b"x")
+    (data / "app/b").chmod(0)
+    with Program(data, before=without_privileges(), logged="artefacts: an answer broke off: .*") as program:
+        for number in range(10):
+            with program.connect() as connection:
+                following = put(f"/artefacts/other/{number}", b"x")
+                connection.send(head("GET", "/artefacts/app?format=tar") + following)
+                told = connection.file.read()
+            assert told.startswith(b"HTTP/1.1 200 ") and told.count(b"HTTP/1.1") == 1
+            assert program.get(f"/artefacts/other/{number}").status == 404
 
 
 def test_what_may_not_be_read_or_removed(data: Path) -> None:
