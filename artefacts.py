@@ -2896,6 +2896,12 @@ class Parser(waitress.parser.HTTPRequestParser):
             body["CONTENT_LENGTH"] = self.headers["CONTENT_LENGTH"]
         return self.environ | body
 
+    def close(self) -> None:
+        """Closes what was received, and an answer that was not sent."""
+        if self.answer is not None:
+            getattr(self.answer[2], "close", lambda: None)()
+        super().close()
+
     def first_look(self) -> bool:
         """Whether the application has an answer already; it is kept in `answer`."""
         answer = self.channel.server.ask(self.get_environment() | {FIRST_LOOK: self.completed})
@@ -2918,7 +2924,8 @@ class Task(waitress.task.Task):
             body: Iterable[bytes] = [content]
             who = "-"
         else:
-            self.status, fields, body, who = request.answer or channel.server.ask(request.get_environment())
+            answer, request.answer = request.answer, None
+            self.status, fields, body, who = answer or channel.server.ask(request.get_environment())
         try:
             self.write_answer(fields, body)
         finally:
@@ -2992,10 +2999,10 @@ class Channel(waitress.channel.HTTPChannel):
         return parser
 
     def handle_read(self) -> None:
-        with self.requests_lock:  # a worker may find that what is received is refused (`refuses`)
-            moved = self.splice()
-        if not moved:
-            super().handle_read()
+        with self.requests_lock:
+            # A worker may have found since the poll that what is received is refused (`refuses`).
+            if not self.requests and not self.splice():
+                super().handle_read()
 
     def splice(self) -> bool:
         """Moves what has arrived of a large body into its file, past this process; whether there was
@@ -3025,9 +3032,7 @@ class Channel(waitress.channel.HTTPChannel):
                     self.request = self.parser_class(self.adj)
                 request = self.request
                 data = data[request.received(data) :]
-                if request.expect_continue and request.headers_finished:
-                    if not self.requests and not self.sent_continue:
-                        super().send_continue()
+                self.resume()
                 if request.completed:
                     self.request, self.sent_continue = None, False
                     if not request.empty:
@@ -3045,10 +3050,17 @@ class Channel(waitress.channel.HTTPChannel):
         else:
             self.server.add_task(self)
 
+    def resume(self) -> None:
+        """Sends the 100 that is waited for, if nothing is before it."""
+        request = self.request
+        if request is not None and request.expect_continue and request.headers_finished:
+            if not self.requests and not self.sent_continue and not self.total_outbufs_len:
+                super().send_continue()
+
     def send_continue(self) -> None:
-        """What `service` calls where a request waited for those before it."""
+        """What `service` calls where a request waited for others. Their stream may be under way still."""
         if not self.refuses():
-            super().send_continue()
+            self.resume()
 
     def refuses(self) -> bool:
         """Whether the request whose body is awaited, behind others until now, is answered without it."""
@@ -3120,9 +3132,13 @@ class Channel(waitress.channel.HTTPChannel):
         self.turn = 0
         super().handle_write()
         self.half_close()
-        if self.waits and self.connected and not self.total_outbufs_len:
-            self.waits = False
-            self.server.task_dispatcher.add_task(self)
+        if self.connected and not self.total_outbufs_len:
+            if self.waits:
+                self.waits = False
+                self.server.task_dispatcher.add_task(self)
+            elif self.request is not None:
+                with self.requests_lock:
+                    self.resume()
 
     def service(self) -> None:
         super().service()
@@ -3149,8 +3165,10 @@ class Channel(waitress.channel.HTTPChannel):
         return int(sent)
 
     def handle_close(self) -> None:
-        if self.request is not None:
-            self.request.close()  # an upload broken off
+        # An upload broken off; requests that no worker has.
+        for request in (self.request, *(self.requests if self.waits else ())):
+            if request is not None:
+                request.close()
         with self.outbuf_lock:
             if self.stream is not None:
                 self.stream.close()

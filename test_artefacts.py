@@ -1889,6 +1889,17 @@ def test_an_upload_behind_another_request_is_refused_before_its_body_too(program
         assert connection.ask(b"123456789").status == 201
 
 
+def test_100_comes_behind_the_stream_of_the_request_before(program: Program, large: bytes) -> None:
+    expecting = head("PUT", "/artefacts/app/waits", "Content-Length: 9", "Expect: 100-continue")
+    with program.connect() as connection:
+        connection.send(head("GET", "/artefacts/app?format=tar&prefix=large") + expecting)
+        time.sleep(0.2)  # the stream has filled the buffers by then, and waits
+        with tarfile.open(fileobj=io.BytesIO(connection.answer().body)) as archive:
+            assert archive.getnames() == ["large"]
+        assert connection.answer().status == 100
+        assert connection.ask(b"123456789").status == 201
+
+
 def test_who_expects_100_and_sends_the_body_along(program: Program) -> None:
     """RFC 9110 §10.1.1: then none need be sent."""
     path, expect = "/artefacts/app/along", "Expect: 100-continue"
