@@ -2610,7 +2610,7 @@ def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None
         (b"folder/sub/a", "a"), (b"/a", "a"), (rb"C:\folder\a", "a"), (b"../a", "a"), (rb"..\\..\\a", "a"),
         (rb"a \"quoted\" name", 'a "quoted" name'), (b"100%; a=b", "100%; a=b"), ("ü ☃".encode(), "ü ☃"),
         (b"..", None), (b".hidden", None), (b"folder/", None), (b"\x01", None), (b"x" * 256, None),
-        (b"\xff", None),
+        (b"\xff", None), (b"say %22hi%22", 'say "hi"'),
     ],
 )  # fmt: skip
 def test_the_name_of_a_part_is_its_file_name_without_folders(
