@@ -795,8 +795,10 @@ class Repository:
         with self._lock(directory), self.fetch(directory, id) as current:
             check(current)
             kept = self._kept(directory, segments) if keep < ALL else []
-            newest = max(current.artefact.time, self._marked(directory, segments))
-            filed = self._keep(current, segments, newest) if keep else None
+            filed = None
+            if keep:
+                newest = max(current.artefact.time, self._marked(directory, segments))
+                filed = self._keep(current, segments, newest)
             self._unlink(directory, segments)
             self._drop(directory, segments, _surplus(kept, filed, keep))
 
@@ -2787,6 +2789,12 @@ class File(waitress.buffers.ReadOnlyFileBasedBuffer):
         return sent
 
 
+def close_body(body: Iterable[bytes]) -> None:
+    """Whoever ends an answer closes what it was of, where that can be closed (PEP 3333)."""
+    if hasattr(body, "close"):
+        body.close()
+
+
 def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
     """What waitress makes of a header: its parser's attributes, and the environ but for the client's."""
     parser = waitress.parser.HTTPRequestParser(server.adj)
@@ -2899,7 +2907,7 @@ class Parser(waitress.parser.HTTPRequestParser):
     def close(self) -> None:
         """Closes what was received, and an answer that was not sent."""
         if self.answer is not None:
-            getattr(self.answer[2], "close", lambda: None)()
+            close_body(self.answer[2])
         super().close()
 
     def first_look(self) -> bool:
@@ -2929,8 +2937,8 @@ class Task(waitress.task.Task):
         try:
             self.write_answer(fields, body)
         finally:
-            if hasattr(body, "close") and not self.handed_over:
-                body.close()
+            if not self.handed_over:
+                close_body(body)
         channel.server.log_request(self, who)
 
     def write_answer(self, fields: list[tuple[str, str]], body: Iterable[bytes]) -> None:
@@ -2952,12 +2960,11 @@ class Task(waitress.task.Task):
         if isinstance(body, list):
             channel.write_now(head + b"".join(body))
             return
+        channel.write_now(head, MORE)
         if isinstance(body, File):
             body.prepare(int(length or 0))
-            channel.write_now(head, MORE)
             channel.write_soon(body)
         else:
-            channel.write_now(head, MORE)
             channel.send_stream(framed(body, chunked))
         self.handed_over = True  # to the channel, which closes it
 
@@ -2970,7 +2977,7 @@ def framed(body: Iterable[bytes], chunked: bool) -> Generator[bytes, None, None]
         if chunked:
             yield b"0\r\n\r\n"
     finally:
-        getattr(body, "close", lambda: None)()
+        close_body(body)
 
 
 class Channel(waitress.channel.HTTPChannel):
