@@ -27,7 +27,7 @@ The commit (`Repository.push`), which is what the rest is there for:
     5. rename the staged file over the name; release the lock; fsync the folder; only then answer
 
 The parts, each using only what stands above it: values and errors; `Repository` (no HTTP); HTTP
-semantics as pure functions; resources; errors; `create_app`; waitress; `main`.
+semantics as pure functions; resources; errors; `create_app`; connections; waitress; `main`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ import socket
 import stat
 import sys
 import tarfile
-import threading
 import time
 import tomllib
 import types
@@ -66,7 +65,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlencode
 
 import falcon
@@ -1516,6 +1515,8 @@ def body_length(environ: WSGIEnvironment) -> int | None:
             raise InvalidRequest("Transfer-Encoding cannot be read here. Send a Content-Length.")
         return None
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        if re.fullmatch("[0-9]+", length):
+            raise TooLarge("No file system holds so many bytes. Send less.")
         raise InvalidRequest("Content-Length is a number of bytes. Mend it.")
     return int(length or 0)
 
@@ -1600,7 +1601,7 @@ _json = json.encoder.encode_basestring_ascii
 
 # == Resources ====================================================================================
 
-FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "On waitress"
+FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "Connections"
 
 
 class Later(falcon.HTTPStatus):
@@ -2689,563 +2690,483 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
     return app
 
 
-# == On waitress ==================================================================================
+# == Connections: HTTP/1.1 on a socket (RFC 9112) =================================================
 #
-# Stock waitress runs the application well. What follows makes it a file server. It relies on
-# attributes that waitress does not document (REQUIRED); they have not changed since 2012.
+# What makes a file server of a loop over sockets and some threads (`Server`).
 #
-# - A body is received into an `Upload` (`HTTPRequestParser.body_rcv.buf`): written once, beside
-#   the data, and hashed meanwhile, so that the commit is a rename. Of a large one, the kernel moves
-#   the bytes from the socket to the file (splice).
-# - A header is parsed once: clients send the same fields again and again.
+# - The socket is the loop's alone. A worker asks the application, or a stream for its next piece, and
+#   leaves what it got: nothing is locked here, and no thread waits for a client. A connection has one
+#   request under way at a time; what is sent behind it (pipelining) waits.
 # - A first look: as soon as a request's header is there, the application is called with
 #   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; any
 #   other answer is final. So a refusal comes before the body, from the code that would refuse it
 #   after; and what can be answered at once is, without a hand-over between threads.
-# - A file is sent by the kernel, from its cache to the socket (sendfile).
-# - No thread waits for a client: a stream is asked for its next piece when the one before has left,
-#   and a pipelined request is worked on when the answers before it have.
+# - A body is received into an `Upload`: written once, beside the data, and hashed meanwhile, so that
+#   the commit is a rename. Of a large one, the kernel moves the bytes from the socket to the file
+#   (splice); a file is sent by the kernel, from its cache to the socket (sendfile).
 # - A connection stays open after 204, 304 and chunked answers, which end by themselves.
 # - One that refused a body reads on for LINGER seconds: closed at once it would be reset, and the
 #   client might lose the answer (RFC 9112 §9.6).
 
-REQUIRED = (
-    (waitress.channel.HTTPChannel, "received service handle_read handle_write handle_close send"),
-    (waitress.channel.HTTPChannel, "write_soon send_continue sent_continue _flush_some total_outbufs_len"),
-    (waitress.channel.HTTPChannel, "_flush_outbufs_below_high_watermark outbufs connected"),
-    (waitress.channel.HTTPChannel, "request will_close close_when_flushed task_class error_task_class"),
-    (waitress.channel.HTTPChannel, "requests requests_lock outbuf_lock sendbuf_len last_activity addr"),
-    (waitress.parser.HTTPRequestParser, "received parse_header get_body_stream close body_rcv error"),
-    (waitress.parser.HTTPRequestParser, "headers_finished expect_continue chunked content_length completed"),
-    (waitress.parser.HTTPRequestParser, "connection_close"),
-    (waitress.receiver.FixedStreamReceiver, "received completed remain buf"),
-    (waitress.receiver.ChunkedReceiver, "received completed control_line chunk_remainder trailer buf"),
-    (waitress.server.TcpWSGIServer, "pull_trigger add_task maintenance"),
-    (waitress.server.TcpWSGIServer, "channel_class task_dispatcher active_channels"),
-    (waitress.task.WSGITask, "get_environment service execute close_on_finish wrote_header"),
-    (waitress.buffers.ReadOnlyFileBasedBuffer, "prepare get skip"),
-    (waitress.buffers.OverflowableBuffer, "append"),
-)
 LINGER = 30  # seconds
-SEND = 512 * 1024  # bytes sent at once; of larger pieces that were read much is read again and again
-MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
-KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
-OF_LINE = ("first_line", "command", "request_uri", "path", "query")  # of a parser's attributes
-ENVIRON_OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")
-TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
-ABSOLUTE_FORM = re.compile("https?://([^/?#]*)", re.I)
-CONTROL = 4096  # bytes of chunks' framing taken at once: waitress copies what follows each line
+RECEIVE = 64 * 1024  # bytes asked of a socket at once
+SEND = 512 * 1024  # bytes of a file sent at once, or of a stream taken
 TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
 PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
+MAX_HEADER = 64 * 1024  # bytes; also of a line between chunks, and of all lines behind them
+KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
+OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")  # in an environ
+TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
+ABSOLUTE_FORM = re.compile("https?://([^/?#]*)", re.I)
+MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
+FIRST_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+NEXT_CHUNK = re.compile(rb"\r\n" + FIRST_CHUNK.pattern)
+TRAILER = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n")
+BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
 
-class Body:
-    """waitress's idea of a body buffer, over an Upload. A fault waits in it for the application."""
+class Unreadable(Exception):
+    """What is received is no request, or not to its end: the status, and what to do about it."""
 
-    def __init__(self, upload: Upload) -> None:
-        self.upload = upload
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = falcon.code_to_http_status(status)
 
-    def append(self, data: bytes) -> None:
-        self.attempt(self.upload.write, data)
 
-    def attempt(self, write: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        if self.upload.fault is None:
+class Header(NamedTuple):
+    """What the header of a request says."""
+
+    environ: WSGIEnvironment  # but for the client's, and the body; shared, so never changed
+    length: int | None  # bytes of the body; None: it is chunked
+    closes: bool  # whether the connection is to end with the answer
+    expects: bool  # 100 Continue, before the body is sent
+
+
+def checked_header(server: Server, raw: bytes) -> Header:
+    """What the server's parser makes of a header, where nobody could read another message; Unreadable."""
+    header = server.parse(raw)
+    environ = header.environ
+    codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(raw)]
+    if codings and (codings != [b"chunked"] or header.length is not None or "CONTENT_LENGTH" in environ):
+        # RFC 9112 §6.1: what follows such a header could be taken for another request
+        raise Unreadable(400, "Transfer-Encoding: chunked goes with HTTP/1.1, without a length. Mend it.")
+    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
+        environ["HTTP_HOST"] = absolute[1]
+    options = environ.get("HTTP_CONNECTION", "").lower().split(",")
+    return header._replace(closes=header.closes or "close" in map(str.strip, options))
+
+
+known_header = functools.lru_cache(1024)(checked_header)
+
+
+def read_header(server: Server, raw: bytes) -> Header:
+    """Clients send the same fields again and again: line and fields are remembered apart. Unreadable."""
+    line, _, fields = raw.partition(b"\r\n")
+    if not line.endswith(b" HTTP/1.1") or len(line) > KNOWN_LINE or len(fields) > KNOWN_FIELDS:
+        return checked_header(server, raw)
+    header = known_header(server, b"GET / HTTP/1.1\r\n" + fields)
+    own = known_header(server, line + b"\r\n\r\n")
+    environ = header.environ | {name: own.environ[name] for name in OF_LINE if name in own.environ}
+    return header._replace(environ=environ)
+
+
+class Chunks:
+    """Takes a chunked body apart as it arrives (RFC 9112 §7.1). Its trailer is dropped, as §7.1.2 allows."""
+
+    complete = False
+
+    def __init__(self) -> None:
+        self.remain = 0  # bytes of this chunk's content
+        self.expected = FIRST_CHUNK  # behind that
+
+    def take(self, data: bytes) -> tuple[bytes, int]:
+        """(content, how many bytes were taken); the others come again, with more. Unreadable."""
+        content, at = bytearray(), 0
+        while at < len(data) and not self.complete:
+            if self.remain:
+                piece = data[at : at + self.remain]
+                content += piece
+                at, self.remain = at + len(piece), self.remain - len(piece)
+            elif line := self.expected.match(data, at):
+                at, self.complete = line.end(), self.expected is TRAILER
+                self.remain = 0 if self.complete else int(line[1], 16)
+                self.expected = NEXT_CHUNK if self.remain else TRAILER
+            else:
+                rest = data[at:]
+                whole = self.expected is not TRAILER and b"\n" in rest[2:]
+                if whole or BARE.search(rest) or len(rest) > MAX_HEADER:
+                    raise Unreadable(400, "The chunks of the body cannot be told apart. Mend the request.")
+                break
+        return bytes(content), at
+
+
+class Request:
+    """One request as it is received, its body into an Upload. The connection closes it."""
+
+    def __init__(self, header: Header, client: WSGIEnvironment, repository: Repository) -> None:
+        self.header = header
+        self.chunks = Chunks() if header.length is None else None
+        self.remain = header.length or 0  # bytes of a body without chunks
+        self.complete = header.length == 0
+        self.looked = False  # whether the application had its first look before the body
+        self.upload: Upload | None = None
+        if not self.complete:
+            limited = header.environ["REQUEST_METHOD"] not in ("PUT", "POST")
+            self.upload = repository.stage(PIECE if limited else None)  # of a push, the resource knows it
+        self.environ = header.environ | client | {"wsgi.input": self.upload or io.BytesIO()}
+
+    @property
+    def over(self) -> bool:
+        """Whether no more is to be received: it is complete, or what came cannot be kept."""
+        return self.complete or (self.upload is not None and self.upload.fault is not None)
+
+    def receive(self, data: bytes) -> int:
+        """Takes what is its own of the data: so many bytes. Unreadable."""
+        if self.chunks is not None:
+            content, taken = self.chunks.take(data)
+            self.complete = self.chunks.complete
+        else:
+            content, taken = data[: self.remain], min(len(data), self.remain)
+            self.remain -= taken
+            self.complete = not self.remain
+        self._keep(Upload.write, content)
+        if self.complete and self.upload is not None:
+            self.environ["CONTENT_LENGTH"] = str(self.upload.size)
+        return taken
+
+    def splice(self, source: int, pipe: tuple[int, int] | None) -> bool:
+        """Moves what has arrived of a large body from a socket into its file, past this process; whether
+        there was any. The connection's end, and errors, are left to `recv`."""
+        moved = 0
+        if pipe is None or self.upload is None or not self.upload.staged:
+            return False
+        with contextlib.suppress(OSError):
+            while self.remain and moved < TURN and not self.over:
+                size = os.splice(source, pipe[1], min(PIPE, self.remain), flags=os.SPLICE_F_NONBLOCK)
+                if not size:
+                    break
+                self._keep(Upload.write_from, pipe[0], size)
+                moved, self.remain = moved + size, self.remain - size
+            self.complete = not self.remain and self.chunks is None
+        return moved > 0
+
+    def _keep(self, write: Callable[..., None], *args: Any) -> None:
+        """A fault waits in the upload for the application."""
+        if self.upload is not None and self.upload.fault is None:
             try:
-                write(*args, **kwargs)
+                write(self.upload, *args)
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
 
-    def __len__(self) -> int:
-        return self.upload.size
-
-    def getfile(self) -> Upload:
-        return self.upload
-
     def close(self) -> None:
-        try:
-            self.upload.close()
-        except OSError as error:  # of the unlinking; a sweep comes to it. Nobody here can do better
-            log.error("what was staged cannot be removed: %s", error)
+        if self.upload is not None:
+            try:
+                self.upload.close()
+            except OSError as error:  # of the unlinking; a sweep comes to it. Nobody here can do better
+                log.error("what was staged cannot be removed: %s", error)
 
 
-class File(waitress.buffers.ReadOnlyFileBasedBuffer):
-    """A file on its way out, from its position on. It is not read: the channel has the kernel send it."""
+class File:
+    """A `wsgi.file_wrapper` (PEP 3333): a file on its way out, from its position on. It is not read: the
+    connection has the kernel send it, and closes it."""
 
-    def prepare(self, size: int) -> None:
-        self.start, self.remain = self.file.tell(), size
+    remain = 0  # bytes
 
-    def get(self, numbytes: int, skip: bool = False) -> File:
-        return self
+    def __init__(self, file: io.FileIO, size: int = 0) -> None:
+        self.file, self.at, self.close = file, file.tell(), file.close
 
-    def skip(self, numbytes: int, allow_prune: bool = False) -> None:
-        self.start, self.remain = self.start + numbytes, self.remain - numbytes
+    def __bool__(self) -> bool:
+        return self.remain > 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(functools.partial(self.file.read, PIECE), b"")
 
     def send(self, to: int) -> int:
         """How much the socket took; OSError, BlockingIOError among them."""
-        sent = os.sendfile(to, self.file.fileno(), self.start, min(SEND, self.remain))
-        if not sent:  # it was cut short in place; waitress would try for ever
-            raise OSError(errno.EIO, "the file ended before its length")
+        sent = os.sendfile(to, self.file.fileno(), self.at, min(SEND, self.remain))
+        if not sent:
+            raise OSError(errno.EIO, "the file was cut short in place")
+        self.at, self.remain = self.at + sent, self.remain - sent
         return sent
 
 
-def close_body(body: Iterable[bytes]) -> None:
+def ask(application: WSGIApplication, environ: WSGIEnvironment) -> Answer:
+    def start_response(status: str, fields: list[tuple[str, str]], exc_info: object = None) -> None:
+        started[:] = status, fields
+
+    started: list[Any] = []
+    body: Iterable[bytes] = application(environ, start_response)  # type: ignore[arg-type]
+    return started[0], started[1], body, environ.get("artefacts.who", EVERYONE).name
+
+
+def close_body(body: object) -> None:
     """Whoever ends an answer closes what it was of, where that can be closed (PEP 3333)."""
     if hasattr(body, "close"):
         body.close()
 
 
-def parse(server: Server, header: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
-    """What waitress makes of a header: its parser's attributes, and the environ but for the client's."""
-    parser = waitress.parser.HTTPRequestParser(server.adj)
-    try:
-        parser.parse_header(header)
-    except ValueError as error:  # of urlsplit, and of int with more than 4300 digits
-        raise waitress.parser.ParsingError("The header cannot be read") from error
-    codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(header)]
-    if codings and (codings != [b"chunked"] or not parser.chunked or "CONTENT_LENGTH" in parser.headers):
-        # RFC 9112 §6.1: what follows such a header could be taken for another request
-        raise waitress.parser.ParsingError("Transfer-Encoding: chunked needs HTTP/1.1, no Content-Length")
-    options = parser.headers.get("CONNECTION", "").lower().split(",")  # waitress knows "close" alone
-    parser.connection_close |= "close" in map(str.strip, options)
-    parser.body_rcv = None
-    channel = types.SimpleNamespace(server=server, addr=("", 0), check_client_disconnected=None)
-    environ = waitress.task.WSGITask(channel, parser).get_environment()
-    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
-        environ["HTTP_HOST"] = absolute[1]
-    return vars(parser), environ
-
-
-@functools.lru_cache(128)
-def parse_fields(server: Server, fields: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
-    """As `parse`; what is of the line besides (OF_LINE, ENVIRON_OF_LINE) is of some other."""
-    return parse(server, b"GET / HTTP/1.1\r\n" + fields)
-
-
-@functools.lru_cache(1024)
-def parse_line(server: Server, line: bytes) -> tuple[dict[str, Any], WSGIEnvironment]:
-    """What takes the place of that."""
-    attributes, environ = parse(server, line + b"\r\n\r\n")
-    return (
-        {name: attributes[name] for name in OF_LINE},
-        {name: environ[name] for name in ENVIRON_OF_LINE if name in environ},
-    )
-
-
-class Parser(waitress.parser.HTTPRequestParser):
-    """Receives one request: its body into an Upload, unless the header alone is answered."""
-
-    channel: Channel
-    answer: Answer | None = None  # of the first look
-    path = ""  # which waitress logs, whether or not there is one
-    looked = False
-    refused = False  # whether the answer came before the end of the body
-    completed: bool
-    headers: dict[str, str]
-
-    def parse_header(self, header_plus: bytes) -> None:
-        server = self.channel.server
-        line, _, fields = header_plus.partition(b"\r\n")
-        self.first_line = line  # for the log, should the rest fail
-        if line.endswith(b" HTTP/1.1") and len(line) <= KNOWN_LINE and len(fields) <= KNOWN_FIELDS:
-            by_fields, by_line = parse_fields(server, fields), parse_line(server, line)
-            attributes, environ = by_fields[0] | by_line[0], by_fields[1] | by_line[1]
-        else:
-            attributes, environ = parse(server, header_plus)
-        self.__dict__.update(attributes)
-        self.environ = environ | self.channel.environ
-        if self.chunked or self.content_length:
-            limit = None if self.command in ("PUT", "POST") else PIECE  # of a push, the resource knows it
-            body = Body(server.repository.stage(limit))
-            if self.chunked:
-                self.headers = dict(self.headers)  # waitress adds a length to them
-                self.body_rcv = waitress.receiver.ChunkedReceiver(body)
-            else:
-                self.body_rcv = waitress.receiver.FixedStreamReceiver(self.content_length, body)
-
-    def received(self, data: bytes) -> int:
-        in_header = not self.headers_finished
-        if self.chunked and self.body_rcv is not None:
-            data = data[: self.body_rcv.chunk_remainder + CONTROL]  # the rest comes again
-        consumed: int = super().received(data)
-        if self.headers_finished and not self.completed:
-            missing = not in_header or self.chunked or self.content_length > len(data) - consumed
-            if missing:
-                self.look()
-            else:
-                self.expect_continue = False  # who sends the body along waits for nothing
-            self.completed |= self.body_rcv.buf.upload.fault is not None
-        if self.chunked and self.body_rcv is not None:
-            if len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > 64 * 1024:
-                self.error, self.completed = waitress.utilities.BadRequest("A chunk's line is too long"), True
-        self.finish()
-        return len(data) if self.refused else consumed
-
-    def look(self) -> None:
-        """Takes the first look, unless it was taken. A pipelined request waits: it is decided on what
-        those before it will have done."""
-        if not self.looked and not self.channel.requests:
-            self.looked, self.completed = True, self.first_look()
-
-    def finish(self) -> None:
-        """What is to be said of a request of which nothing more is awaited."""
-        if self.completed:
-            self.expect_continue = False  # or waitress would send 100 and wait for more
-            if self.error is not None or (self.body_rcv is not None and not self.body_rcv.completed):
-                self.refused = True
-                self.channel.lingering = time.time() + LINGER
-
-    def get_environment(self) -> WSGIEnvironment:
-        body = {
-            "wsgi.input": self.get_body_stream(),
-            "waitress.client_disconnected": self.channel.check_client_disconnected,
-        }
-        if self.chunked and "CONTENT_LENGTH" in self.headers:  # it was received to its end
-            body["CONTENT_LENGTH"] = self.headers["CONTENT_LENGTH"]
-        return self.environ | body
-
-    def close(self) -> None:
-        """Closes what was received, and an answer that was not sent."""
-        if self.answer is not None:
-            close_body(self.answer[2])
-        super().close()
-
-    def first_look(self) -> bool:
-        """Whether the application has an answer already; it is kept in `answer`."""
-        answer = self.channel.server.ask(self.get_environment() | {FIRST_LOOK: self.completed})
-        if not answer[0].startswith("100"):
-            self.answer = answer
-        return self.answer is not None
-
-
-class Task(waitress.task.Task):
-    """Answers one request, and tells the log."""
-
-    handed_over = False
-
-    def execute(self) -> None:
-        request, channel = self.request, self.channel
-        if request.error is not None:  # waitress's own refusals, told as all others are
-            self.status = f"{request.error.code} {request.error.reason}"
-            content = problem(self.status, f"{request.error.body}. Mend the request.")
-            fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
-            body: Iterable[bytes] = [content]
-            who = "-"
-        else:
-            answer, request.answer = request.answer, None
-            self.status, fields, body, who = answer or channel.server.ask(request.get_environment())
-        try:
-            self.write_answer(fields, body)
-        finally:
-            if not self.handed_over:
-                close_body(body)
-        channel.server.log_request(self, who)
-
-    def write_answer(self, fields: list[tuple[str, str]], body: Iterable[bytes]) -> None:
-        request, channel = self.request, self.channel
-        length = dict(fields).get("content-length")
-        ended = length is not None or self.status[:3] in ("204", "304")  # RFC 9112 §6.3
-        chunked = not ended and self.version == "1.1"
-        if request.connection_close or request.refused or request.error or not (ended or chunked):
-            fields.append(("connection", "close"))
-            self.close_on_finish = not request.refused  # that one lingers
-        elif self.version == "1.0":
-            fields.append(("connection", "keep-alive"))
-        if chunked:
-            fields.append(("transfer-encoding", "chunked"))
-        fields += (("date", http_date(int(time.time()))), ("server", channel.server.adj.ident))
-        lines = [f"HTTP/{self.version} {self.status}", *itertools.starmap(field_line, fields), "\r\n"]
-        head = "\r\n".join(lines).encode("latin-1")
-        self.wrote_header, self.content_length = True, length
-        if isinstance(body, list):
-            channel.write_now(head + b"".join(body))
-            return
-        channel.write_now(head, MORE)
-        if isinstance(body, File):
-            body.prepare(int(length or 0))
-            channel.write_soon(body)
-        else:
-            channel.send_stream(framed(body, chunked))
-        self.handed_over = True  # to the channel, which closes it
-
-
 def framed(body: Iterable[bytes], chunked: bool) -> Generator[bytes, None, None]:
-    """What is sent of a body, piece by piece. Closes it."""
+    """What is sent of a body, some SEND bytes at a time: each is a hand-over. Closes it."""
     try:
-        for piece in filter(None, body):  # an empty chunk would be the last one (RFC 9112 §7.1)
-            yield b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+        gathered = bytearray()
+        for piece in itertools.chain(body, (b"",)):
+            gathered += piece
+            if gathered and (len(gathered) >= SEND or not piece):
+                yield b"%x\r\n%b\r\n" % (len(gathered), bytes(gathered)) if chunked else bytes(gathered)
+                gathered.clear()
         if chunked:
             yield b"0\r\n\r\n"
     finally:
         close_body(body)
 
 
-class Channel(waitress.channel.HTTPChannel):
-    """One connection."""
+class Connection:
+    """What one client sends and is sent. The loop calls `readable`, `writable` and the `handle_`s; a
+    worker calls `service`, and until that has left its `result` nobody else touches the request."""
 
-    request: Parser | None
-    sent_continue: bool
-    task_class = error_task_class = Task
-    lingering = 0.0  # until when what arrives is thrown away
-    turn = 0  # bytes sent in this turn
-    stream: Generator[bytes, None, None] | None = None  # what is still to be sent of an answer
-    waits = False  # whether the next request is not worked on before the answers to those before it have left
+    socket: Any  # these are the loop's part
+    connected: bool
+    close: Callable[[], None]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.sendbuf_len = SEND
-        self.requests_lock = threading.RLock()  # `received` answers under it
-        self.environ = {
-            "REMOTE_ADDR": self.addr[0], "REMOTE_HOST": self.addr[0], "REMOTE_PORT": str(self.addr[1]),
+    def __init__(self, server: Server, address: tuple[str, int]) -> None:
+        self.server, self.address = server, address
+        self.client = {
+            "REMOTE_ADDR": address[0], "REMOTE_HOST": address[0], "REMOTE_PORT": str(address[1]),
             "wsgi.file_wrapper": File,
-        }
+        }  # fmt: skip
+        self.received = b""  # of which nothing is made yet
+        self.line = b""  # the first one of the request
+        self.request: Request | None = None  # under way: being received, worked on, or answered
+        self.working = False  # whether it is a worker's
+        self.result: list[Any] = []  # what the worker left
+        self.answered = False  # whether what is sent is its answer, and not 100 Continue
+        self.body: Iterable[bytes] = ()  # of the answer
+        self.out: bytes | memoryview = b""  # what is to be sent; then
+        self.file: File | None = None  # what of it is to be sent; or
+        self.stream: Generator[bytes, None, None] | None = None  # where more comes from
+        self.lingering = 0.0  # until when what arrives is thrown away
+        self.closes = False  # whether the connection ends with the answer
+        self.will_close = False  # at once
+        self.last_activity = time.time()
 
-    def parser_class(self, adj: Any) -> Parser:
-        parser = Parser(adj)
-        parser.channel = self
-        return parser
+    # -- what the loop asks and tells --
+
+    def readable(self) -> bool:
+        return not (self.working or self.result or self.out or self.file or self.will_close)
+
+    def writable(self) -> bool:
+        return bool(self.out or self.file or self.result or self.will_close)
 
     def handle_read(self) -> None:
-        with self.requests_lock:
-            # A worker may have found since the poll that what is received is refused (`refuses`).
-            if not self.requests and not self.splice():
-                super().handle_read()
-
-    def splice(self) -> bool:
-        """Moves what has arrived of a large body into its file, past this process; whether there was
-        any. The end, of the body or of the connection, and errors are left to `recv`."""
-        body, pipe, moved = self.request and self.request.body_rcv, self.server.pipe, 0
-        if pipe is None or not isinstance(body, waitress.receiver.FixedStreamReceiver):
-            return False
-        upload = body.buf.upload
-        with contextlib.suppress(OSError):
-            while upload.staged and upload.fault is None and body.remain > 1 and moved < TURN:
-                size = min(PIPE, body.remain - 1)  # with the last byte, the parser finds the end
-                size = os.splice(self.socket.fileno(), pipe[1], size, flags=os.SPLICE_F_NONBLOCK)
-                if not size:
-                    break
-                body.buf.attempt(upload.write_from, pipe[0], size)
-                body.remain, moved, self.last_activity = body.remain - size, moved + size, time.time()
-        return moved > 0
-
-    def received(self, data: bytes) -> bool:
-        with self.requests_lock:
-            if self.lingering:
-                self.will_close |= time.time() > self.lingering
-                return True
-            # What is sent meanwhile may find the client gone.
-            while data and self.connected and not (self.will_close or self.close_when_flushed):
-                if self.request is None:
-                    self.request = self.parser_class(self.adj)
-                request = self.request
-                data = data[request.received(data) :]
-                self.resume()
-                if request.completed:
-                    self.request, self.sent_continue = None, False
-                    if not request.empty:
-                        self.take(request)
-        return True
-
-    def take(self, request: Parser) -> None:
-        """Answers it at once, on the receiving thread, where that can be done; else it is a worker's."""
-        self.requests.append(request)
-        if len(self.requests) > 1:
-            return  # `service` comes to it
-        at_once = self.server.is_short(request) and not self.total_outbufs_len
-        if at_once and (request.error or request.answer or request.first_look()):
-            self.service()
-        else:
-            self.server.add_task(self)
-
-    def resume(self) -> None:
-        """Sends the 100 that is waited for, if nothing is before it."""
-        request = self.request
-        if request is not None and request.expect_continue and request.headers_finished:
-            if not self.requests and not self.sent_continue and not self.total_outbufs_len:
-                super().send_continue()
-
-    def send_continue(self) -> None:
-        """What `service` calls where a request waited for others. Their stream may be under way still."""
-        if not self.refuses():
-            self.resume()
-
-    def refuses(self) -> bool:
-        """Whether the request whose body is awaited, behind others until now, is answered without it."""
-        request = self.request
-        if request is None or not request.headers_finished or self.requests:
-            return False
-        if self.will_close or self.close_when_flushed:
-            return False
-        request.look()
-        request.finish()
-        if request.completed:
-            self.request = None
-            self.requests.append(request)
-            self.server.add_task(self)
-        return request.completed
-
-    def send_stream(self, stream: Generator[bytes, None, None]) -> None:
-        """Sends what comes of it, and closes it. No thread waits for the client: each piece is taken when
-        the one before has left. ClientDisconnected."""
-        with self.outbuf_lock:
-            if not self.connected:
-                raise waitress.channel.ClientDisconnected
-            self.stream = stream
-            self._flush_some(False)
-        if self.will_close:  # it broke off: nothing may follow
-            raise waitress.channel.ClientDisconnected
-
-    def refill(self) -> None:
-        """Takes the next piece of the stream."""
-        try:
-            piece = next(self.stream or iter(()), None)
-        except (ArtefactsError, OSError) as error:
-            log.error("an answer broke off: %s", error)
-            raise OSError(errno.EIO, "no more can be sent") from error
-        if piece is None:
-            self.stream = None
-        else:
-            # In a buffer of its own: one that is used again is not freed of what was in it.
-            self.outbufs.append(waitress.buffers.OverflowableBuffer(self.adj.outbuf_overflow))
-            self.outbufs[-1].append(piece)
-            self.total_outbufs_len += len(piece)
-
-    def _flush_outbufs_below_high_watermark(self) -> None:
-        """Nobody waits for a client here."""
-
-    def write_now(self, data: bytes, flags: int = 0) -> None:
-        """Sends without a detour through buffers what the socket takes at once."""
-        with self.outbuf_lock:
-            if self.connected and not self.total_outbufs_len:
-                with contextlib.suppress(OSError):  # what is wrong, the next attempt finds
-                    data = data[self.socket.send(data, flags) :]
-        self.write_soon(data)
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        """Under the lock, which waitress's sending of a 100 Continue does not take. A worker that sends it
-        may find the connection closed, and must not close it: the receiving thread is at work on it."""
-        with self.outbuf_lock:
+        self.last_activity = time.time()
+        if self.request is None or not self.request.splice(self.socket.fileno(), self.server.pipe):
             try:
-                sent = self.connected and super()._flush_some(do_close and self.server.is_ours())
-                while self.connected and self.stream is not None and not self.total_outbufs_len:
-                    self.refill()
-                    sent |= super()._flush_some(do_close and self.server.is_ours())
-                return bool(sent)
+                data = self.socket.recv(RECEIVE)
+            except BlockingIOError:
+                return
             except OSError:
-                self.will_close = True
-                return False
+                data = b""
+            if not data or 0 < self.lingering < time.time():
+                self.handle_close()
+            elif not self.lingering:
+                self.received += data
+        self.go_on()
 
     def handle_write(self) -> None:
-        self.turn = 0
-        super().handle_write()
-        self.half_close()
-        if self.connected and not self.total_outbufs_len:
-            if self.waits:
-                self.waits = False
-                self.server.task_dispatcher.add_task(self)
-            elif self.request is not None:
-                with self.requests_lock:
-                    self.resume()
-
-    def service(self) -> None:
-        super().service()
-        if self.request is not None:
-            with self.requests_lock:
-                self.refuses()
-        self.half_close()
-
-    def half_close(self) -> None:
-        if self.lingering:
-            # Of the requests' lock, because who sets `lingering` adds the request to be answered after that.
-            with self.requests_lock, self.outbuf_lock, contextlib.suppress(OSError):
-                if self.connected and not self.requests and not self.total_outbufs_len:
-                    self.socket.shutdown(socket.SHUT_WR)
-
-    def send(self, data: bytes | File, do_close: bool = True) -> int:
-        if self.turn > TURN:
-            return 0
-        try:
-            sent = data.send(self.socket.fileno()) if isinstance(data, File) else super().send(data, do_close)
-        except BlockingIOError:
-            return 0
-        self.turn += sent
-        return int(sent)
+        if self.result:
+            self.take(self.result.pop())
+        elif self.will_close:
+            self.handle_close()
+        else:
+            self.flush()
+        self.go_on()
 
     def handle_close(self) -> None:
-        # An upload broken off; requests that no worker has.
-        for request in (self.request, *(self.requests if self.waits else ())):
-            if request is not None:
-                request.close()
-        with self.outbuf_lock:
-            if self.stream is not None:
-                self.stream.close()
-        if self.lingering and self.socket is not None:
+        if self.lingering and self.connected:
             # The client may have ended what it sends before all of it was read here (POLLHUP).
             with contextlib.suppress(OSError):
                 for _ in range(TURN // PIECE):
                     self.socket.recv(PIECE)
-        super().handle_close()
+        if not self.working:
+            self.release()
+        self.close()
 
+    # -- receiving --
 
-class Server(waitress.server.TcpWSGIServer):
-    channel_class = Channel
+    def go_on(self) -> None:
+        """Works on what was received, until somebody has to be waited for."""
+        while self.connected and self.readable() and not self.lingering:
+            try:
+                if not self.step():
+                    return
+            except Unreadable as error:
+                content = problem(error.status, str(error))
+                fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
+                self.reply((error.status, fields, [content], "-"))
 
-    def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
-        self.repository, self.quiet = repository, quiet
-        self.thread = threading.get_ident()
-        self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
-        if self.pipe is not None:
-            with contextlib.suppress(OSError):  # a user may have so much in pipes; a smaller one does, too
-                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIPE)
-        super().__init__(app, **options)
-
-    def ask(self, environ: WSGIEnvironment) -> Answer:
-        def start_response(status: str, fields: list[tuple[str, str]], exc_info: object = None) -> None:
-            started[:] = status, fields
-
-        started: list[Any] = []
-        body: Iterable[bytes] = self.application(environ, start_response)
-        who = environ.get("artefacts.who", EVERYONE).name
-        return started[0], started[1], body, who
-
-    def is_short(self, request: Parser) -> bool:
-        """Whether the answer is there or may be had at once. What is durable has to be waited for."""
-        if request.answer or request.error or request.body_rcv is None:
+    def step(self) -> bool:
+        """Whether something came of it; Unreadable."""
+        if self.request is None and not self.begin():
+            return False
+        request = self.request
+        assert request is not None
+        if not request.over:
+            self.received = self.received[request.receive(self.received) :]
+        if request.over:
+            self.perform(request)
             return True
-        return not self.repository.durable and request.body_rcv.buf.upload.size <= PIECE
+        if request.looked:
+            return False
+        request.looked = True
+        if self.answer_at_once(request):
+            return True
+        if request.header.expects:
+            self.out = b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.flush()
+        return False
 
-    def add_task(self, channel: Channel) -> None:
-        """A pipelined request waits until what goes before it has left; no thread waits with it."""
-        with channel.outbuf_lock:
-            channel.waits = waits = channel.total_outbufs_len > 0
-        if not waits:  # and not `channel.waits`: the receiving thread may be at it already
-            super().add_task(channel)
+    def begin(self) -> bool:
+        """Whether there is a header; Unreadable."""
+        self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
+        header, end, rest = self.received.partition(b"\r\n\r\n")
+        self.line = header.partition(b"\r\n")[0]
+        if len(header) > MAX_HEADER:
+            raise Unreadable(431, f"The header has more than {MAX_HEADER} bytes. Send less.")
+        if end:
+            self.received = rest
+            read = read_header(self.server, header + end)
+            self.request = Request(read, self.client, self.server.repository)
+        return self.request is not None
 
-    def maintenance(self, now: float) -> None:
-        """Closes connections on which nothing moves, those with waiting requests among them."""
-        super().maintenance(now)
-        for channel in self.active_channels.values():
-            channel.will_close |= channel.waits and channel.last_activity < now - self.adj.channel_timeout
+    def perform(self, request: Request) -> None:
+        """Answers it at once where that can be done; else it is a worker's. What is durable takes a while."""
+        upload = request.upload
+        if upload is None or (upload.size <= PIECE and not self.server.repository.durable):
+            if self.answer_at_once(request):
+                return
+        self.hand_over()
 
-    def is_ours(self) -> bool:
-        """Whether this thread is the receiving one, which alone closes connections."""
-        return threading.get_ident() == self.thread
+    def answer_at_once(self, request: Request) -> bool:
+        """Whether the application has an answer already."""
+        answer = ask(self.server.application, request.environ | {FIRST_LOOK: request.over})
+        if answer[0].startswith("100"):
+            return False
+        self.reply(answer)
+        return True
 
-    def pull_trigger(self) -> None:
-        if not self.is_ours():  # that one comes round to its loop by itself
-            super().pull_trigger()
+    # -- what a worker does --
 
-    def log_request(self, task: Task, who: str) -> None:
-        """A line in the common log format; what is not printable ASCII in it is escaped."""
-        if not self.quiet:
-            line = getattr(task.request, "first_line", b"").decode("latin-1")
-            when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
-            size = task.content_length if getattr(task.request, "command", "") != "HEAD" else None
-            answer = f"{task.status[:3]} {size or '-'}"
-            who = escaped(who).replace(" ", "\\x20")
-            # A log that cannot be written is no reason to answer less; and who would be told?
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                sys.stderr.write(f'{task.channel.addr[0]} - {who} [{when}] "{escaped(line)}" {answer}\n')
+    def hand_over(self) -> None:
+        self.working = True
+        self.server.add_task(self)
+
+    def service(self) -> None:
+        """Gets what takes a while: the answer, or the next piece of its stream (empty behind the last)."""
+        result: Any = None
+        try:
+            if self.stream is not None:
+                result = next(self.stream, b"")
+            elif self.request is not None:
+                result = ask(self.server.application, self.request.environ)
+        except Exception as error:
+            unforeseen = not isinstance(error, (ArtefactsError, OSError))
+            log.error("an answer broke off: %s", error, exc_info=unforeseen)
+        self.result.append(result)
+        self.last_activity, self.working = time.time(), False
+        self.server.pull_trigger()
+
+    def take(self, result: Any) -> None:
+        """What it left; None where it broke off."""
+        if result is None:
+            self.handle_close()
+        elif not self.answered:
+            self.reply(result)
+        elif result:
+            self.out = result
+            self.flush()
+        else:
+            self.stream = None
+            self.flush()
+
+    # -- sending --
+
+    def reply(self, answer: Answer) -> None:
+        """Begins to send the answer to the request under way, or to what is none."""
+        status, fields, body, who = answer
+        request, environ = self.request, self.request.environ if self.request else {}
+        version, length = environ.get("SERVER_PROTOCOL", "HTTP/1.1"), dict(fields).get("content-length")
+        ended = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
+        chunked = not ended and version == "HTTP/1.1"
+        self.refused = request is None or not request.complete
+        self.closes = request is None or self.refused or request.header.closes or not (ended or chunked)
+        if self.closes:
+            fields.append(("connection", "close"))
+        elif version == "HTTP/1.0":
+            fields.append(("connection", "keep-alive"))
+        if chunked:
+            fields.append(("transfer-encoding", "chunked"))
+        fields += (("date", http_date(int(time.time()))), ("server", "artefacts"))
+        lines = [f"{version} {status}", *itertools.starmap(field_line, fields), "\r\n"]
+        self.out, self.answered, self.body = "\r\n".join(lines).encode("latin-1"), True, body
+        if isinstance(body, list):
+            self.out += b"".join(body)
+        elif isinstance(body, File):
+            self.file, body.remain = body, int(length or 0)
+        else:
+            self.body = self.stream = framed(body, chunked)
+        if not self.server.quiet:
+            size = length if environ.get("REQUEST_METHOD") != "HEAD" else None
+            log_request(self.address[0], who, self.line, f"{status[:3]} {size or '-'}")
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what the socket takes, TURN bytes at most: then the others have theirs."""
+        left = TURN
+        try:
+            while self.out:
+                sent = self.socket.send(self.out, MORE if self.file or self.stream else 0)
+                self.out, left = memoryview(self.out)[sent:], left - sent
+            while self.file and left > 0:
+                left -= self.file.send(self.socket.fileno())
+        except BlockingIOError:
+            pass
+        except OSError:  # the client is gone, or the file was cut short
+            self.handle_close()
+        if left < TURN:
+            self.last_activity = time.time()
+        if self.connected and not self.out and not self.file:
+            self.sent()
+
+    def sent(self) -> None:
+        """What there was has left."""
+        self.out = b""  # and not an empty view of it
+        if self.stream is not None:
+            self.hand_over()
+        elif self.answered:
+            self.release()
+            if self.refused:
+                self.lingering, self.received = time.time() + LINGER, b""
+                with contextlib.suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_WR)
+            elif self.closes:
+                self.handle_close()
+
+    def release(self) -> None:
+        """Closes the request and the answer."""
+        close_body(self.body)
+        if self.request is not None:
+            self.request.close()
+        self.answered, self.request, self.body, self.file, self.stream = False, None, (), None, None
+
+
+def log_request(address: str, who: str, line: bytes, answer: str) -> None:
+    """A line in the common log format; what is not printable ASCII in it is escaped."""
+    when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    who = escaped(who).replace(" ", "\\x20")
+    # A log that cannot be written is no reason to answer less; and who would be told?
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f'{address} - {who} [{when}] "{escaped(line.decode("latin-1"))}" {answer}\n')
 
 
 def escaped(text: str) -> str:
@@ -3261,10 +3182,74 @@ def field_line(name: str, value: str) -> str:
     return f"{name}: {value}"
 
 
-# == The program ==================================================================================
+# == On waitress ==================================================================================
+#
+# Stock waitress runs the application well. Here it is asked for less: to listen, to wait for sockets and
+# to hold the threads; and for its parser of headers. That relies on attributes that it does not
+# document (REQUIRED; most have not changed since 2012). Where one is missing, the stock server runs.
 
+REQUIRED = (
+    (waitress.wasyncore.dispatcher, "socket connected close del_channel _fileno"),
+    (waitress.server.TcpWSGIServer, "channel_class active_channels application adj task_dispatcher add_task"),
+    (waitress.server.TcpWSGIServer, "maintenance trigger pull_trigger effective_port"),
+    (waitress.parser, "ParsingError TransferEncodingNotImplemented"),
+    (waitress.parser.HTTPRequestParser, "parse_header headers chunked content_length body_rcv"),
+    (waitress.parser.HTTPRequestParser, "connection_close expect_continue"),
+    (waitress.task.WSGITask, "get_environment"),
+)
 GRACE = 10  # seconds that requests in flight have to finish after SIGTERM or Ctrl-C
-CONNECTIONS = 4000  # at once, where the limit on open files admits them
+
+
+class Channel(Connection, waitress.wasyncore.dispatcher):
+    """A connection as waitress's loop and its threads know it."""
+
+    total_outbufs_len = 0
+
+    def __init__(self, server: Server, sock: socket.socket, address: tuple[str, int], adj: Any,
+                 map: dict[int, Any]) -> None:
+        Connection.__init__(self, server, address)
+        waitress.wasyncore.dispatcher.__init__(self, sock, map)
+        self.connected = True
+        server.active_channels[self._fileno] = self
+
+    @property
+    def requests(self) -> bool:
+        return self.working
+
+    def del_channel(self, map: dict[int, Any] | None = None) -> None:
+        self.server.active_channels.pop(self._fileno, None)
+        super().del_channel(map)
+
+    def cancel(self) -> None:
+        """Of what no worker came to before the end."""
+        self.working = False
+
+
+class Server(waitress.server.TcpWSGIServer):
+    channel_class = Channel
+
+    def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
+        self.repository, self.quiet = repository, quiet
+        self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
+        if self.pipe is not None:
+            with contextlib.suppress(OSError):  # a user may have so much in pipes; a smaller one does, too
+                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIPE)
+        super().__init__(app, **options)
+
+    def parse(self, header: bytes) -> Header:
+        """Unreadable."""
+        parser = waitress.parser.HTTPRequestParser(self.adj)
+        try:
+            parser.parse_header(header)
+        except waitress.parser.TransferEncodingNotImplemented as error:
+            raise Unreadable(501, f"{error}. Mend the request.") from None
+        except (waitress.parser.ParsingError, ValueError) as error:  # of urlsplit; of int with 4301 digits
+            raise Unreadable(400, f"{error}. Mend the request.") from None
+        parser.body_rcv = None
+        channel = types.SimpleNamespace(server=self, addr=("", 0), check_client_disconnected=None)
+        environ = waitress.task.WSGITask(channel, parser).get_environment()
+        length = None if parser.chunked else parser.content_length
+        return Header(environ, length, parser.connection_close, parser.expect_continue)
 
 
 def make_server(app: WSGIApplication, repository: Repository, options: argparse.Namespace) -> Any:
@@ -3284,19 +3269,10 @@ def make_server(app: WSGIApplication, repository: Repository, options: argparse.
     return Server(app, repository, options.quiet, **settings)
 
 
-def lacks(of: type, name: str) -> bool:
-    """Whether its objects have no such attribute, neither from it nor from its `__init__`."""
-    return not hasattr(of, name) and name not in of.__init__.__code__.co_names  # type: ignore[misc]
-
-
-def connection_limit() -> int:
-    """How many connections can be held, each with a file, after asking for as many as may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * CONNECTIONS + 200
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(10, min(CONNECTIONS, (soft - 200) // 2))
+def lacks(of: Any, name: str) -> bool:
+    """Whether a module has no such attribute, or the objects of a class, be it by their `__init__`."""
+    made = of.__init__.__code__.co_names if isinstance(of, type) else ()  # type: ignore[misc]
+    return not hasattr(of, name) and name not in made
 
 
 def run(server: Any, url: str) -> None:
@@ -3325,6 +3301,21 @@ def run(server: Any, url: str) -> None:
     for channel in list(server.active_channels.values()):
         channel.handle_close()  # which discards what was received of an upload
     waitress.wasyncore.close_all(server._map, ignore_all=True)
+
+
+# == The program ==================================================================================
+
+CONNECTIONS = 4000  # at once, where the limit on open files admits them
+
+
+def connection_limit() -> int:
+    """How many connections can be held, each with a file, after asking for as many as may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS + 200
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(10, min(CONNECTIONS, (soft - 200) // 2))
 
 
 def number_between(low: int, high: int) -> Callable[[object], int]:

@@ -30,15 +30,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
 import pytest
-import waitress.wasyncore
 from falcon import testing
-from waitress.adjustments import Adjustments
 
 import artefacts as a
 
@@ -1740,49 +1737,6 @@ def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path
         assert program.get("/artefacts/app").status == 200
 
 
-def test_a_request_that_cannot_be_read_has_a_path_to_log() -> None:
-    """waitress tells it where the client is gone at the moment that the refusal is sent to it."""
-    request: Any = a.Parser(adjustments := Adjustments())
-    request.channel = SimpleNamespace(server=SimpleNamespace(adj=adjustments))
-    request.received(b"\0\r\n\r\n")
-    assert request.completed and request.error and request.path == ""
-
-
-@pytest.mark.parametrize("goes", ["before", "then"])
-def test_a_worker_that_finds_a_connection_gone_leaves_it_to_the_receiving_thread(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, goes: str
-) -> None:
-    """Its 100 Continue is what waitress lets it send without a lock."""
-    options = a.parse_options(["--port", "0", "--quiet"])
-    repository = a.Repository(tmp_path / "data")
-    server = a.make_server(a.application(repository, a.Settings()), repository, options)
-
-    def turn() -> list[a.Channel]:
-        waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
-        return [*server.active_channels.values()]
-
-    try:
-        with socket.create_connection(("127.0.0.1", server.effective_port)) as client:
-            client.sendall(head("PUT", THERE, "Content-Length: 1"))
-            while not (channels := turn()) or channels[0].request is None:
-                pass
-            (channel,) = channels
-            if goes == "before":
-                channel.handle_close()
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
-        channel.lingering = time.time() + 9
-        with ThreadPoolExecutor(1) as worker:
-            worker.submit(channel.send_continue).result()
-            worker.submit(channel.half_close).result()
-        assert [*server.active_channels.values()] == ([channel] if goes == "then" else [])
-        while turn():
-            pass
-        assert not caplog.records
-    finally:
-        server.task_dispatcher.shutdown()
-        waitress.wasyncore.close_all(server._map)
-
-
 @pytest.mark.parametrize("last", [
     head("GET", THERE, "Connection: close"), head("GET", THERE + "?versions", "Connection: close"),
     head("GET", THERE, version="1.0"), b"nonsense\r\n\r\n",
@@ -2227,11 +2181,11 @@ push(repository, "child")
 
 
 def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp_path: Path) -> None:
-    relied = "((artefacts.waitress.channel.HTTPChannel, 'requests teleport'),)"
+    relied = "((artefacts.waitress.task.WSGITask, 'execute teleport'),)"
     code = IMPORT + f"artefacts.REQUIRED += {relied}; artefacts.main()"
     path, body = "/artefacts/app/x", os.urandom(3_000_000)
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
-        assert "waitress lacks HTTPChannel.teleport: " in program.log.read_text()
+        assert "waitress lacks WSGITask.teleport: " in program.log.read_text()
         os.truncate(program.log, 0)  # nothing else comes into it
         assert program.ask(put(path, body)).status == 201
         assert program.get(path).body == body
