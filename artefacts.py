@@ -1601,20 +1601,26 @@ _json = json.encoder.encode_basestring_ascii
 
 # == Resources ====================================================================================
 
-FIRST_LOOK = "artefacts.first_look"  # in the environ, with whether the body is there: see "Connections"
+# In the environ of a first look (see "Connections"): whether the body is there; and who may take a while
+FIRST_LOOK, BY_WORKER = "artefacts.first_look", "artefacts.by_worker"
 
 
 class Later(falcon.HTTPStatus):
-    """100: at a first look there is nothing to object to. The answer needs the body, or a while."""
-
-    def __init__(self) -> None:
-        super().__init__(falcon.HTTP_100)
+    """At a first look there is nothing to object to, and the answer needs the body, or a while (100); or
+    what may be objected to takes a while itself, and so a worker (102)."""
 
 
 def end_first_look(req: falcon.Request) -> None:
     """What follows reads the body, waits for a lock or the disk, or writes."""
     if FIRST_LOOK in req.env:
-        raise Later
+        raise Later(falcon.HTTP_100)
+
+
+def digested(req: falcon.Request, content: Content) -> Artefact:
+    """What is known of it with its digest, be it that all of it has to be read."""
+    if content.artefact.sha256 is None and FIRST_LOOK in req.env and not req.env[BY_WORKER]:
+        raise Later(falcon.HTTP_102)
+    return content.digested()
 
 
 class Resource:
@@ -1803,9 +1809,7 @@ class ArtefactResource(Resource):
 
     def _answer(self, req: falcon.Request, resp: falcon.Response, content: Content, caching: str) -> None:
         """The representation, or the part of it, that the request's conditions and range select."""
-        if content.artefact.sha256 is None:
-            end_first_look(req)
-        artefact = content.digested()
+        artefact = digested(req, content)
         etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
         conditions = conditions_of(req)
         status = failed_precondition(req.method, conditions, etag, modified) if conditions else None
@@ -1896,7 +1900,7 @@ class ArtefactResource(Resource):
             try:
                 stored = self.repository.push(upload, directory, id, type=type, check=check, wait=not at_once)
             except BlockingIOError:
-                raise Later from None
+                raise Later(falcon.HTTP_100) from None
         artefact, created = stored
         self._tell_stored(req, resp, artefact, created)
 
@@ -1936,9 +1940,7 @@ def preconditions(req: falcon.Request) -> Check:
     def check(current: Content | None) -> None:
         etag = modified = None
         if current is not None:
-            if current.artefact.sha256 is None:
-                end_first_look(req)
-            artefact = current.digested()
+            artefact = digested(req, current)
             etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
         if failed_precondition(req.method, conditions, etag, modified):
             raise changed()
@@ -3019,12 +3021,12 @@ class Connection:
         if request.looked:
             return False
         request.looked = True
-        if self.answer_at_once(request):
-            return True
-        if request.header.expects:
-            self.out = b"HTTP/1.1 100 Continue\r\n\r\n"
-            self.flush()
-        return False
+        answer = self.look(request)
+        if answer[0].startswith("102"):
+            self.hand_over()
+        else:
+            self.admit(request, answer)
+        return True
 
     def begin(self) -> bool:
         """Whether there is a header; Unreadable."""
@@ -3039,21 +3041,28 @@ class Connection:
             self.request = Request(read, self.client, self.server.repository)
         return self.request is not None
 
+    def look(self, request: Request) -> Answer:
+        """The application's first look at it."""
+        more = {FIRST_LOOK: request.over, BY_WORKER: self.working}
+        return ask(self.server.application, request.environ | more)
+
+    def admit(self, request: Request, answer: Answer) -> None:
+        """Sends the answer, or, where it is 100, has the body come."""
+        if not answer[0].startswith("100"):
+            self.reply(answer)
+        elif request.header.expects:
+            self.out = b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.flush()
+
     def perform(self, request: Request) -> None:
         """Answers it at once where that can be done; else it is a worker's. What is durable takes a while."""
         upload = request.upload
         if upload is None or (upload.size <= PIECE and not self.server.repository.durable):
-            if self.answer_at_once(request):
+            answer = self.look(request)
+            if not answer[0].startswith("10"):
+                self.reply(answer)
                 return
         self.hand_over()
-
-    def answer_at_once(self, request: Request) -> bool:
-        """Whether the application has an answer already."""
-        answer = ask(self.server.application, request.environ | {FIRST_LOOK: request.over})
-        if answer[0].startswith("100"):
-            return False
-        self.reply(answer)
-        return True
 
     # -- what a worker does --
 
@@ -3065,10 +3074,14 @@ class Connection:
         """Gets what takes a while: the answer, or the next piece of its stream (empty behind the last)."""
         result: Any = None
         try:
+            request = self.request
+            assert request is not None
             if self.stream is not None:
                 result = next(self.stream, b"")
-            elif self.request is not None:
-                result = ask(self.server.application, self.request.environ)
+            elif request.over:
+                result = ask(self.server.application, request.environ)
+            else:
+                result = self.look(request)
         except Exception as error:
             unforeseen = not isinstance(error, (ArtefactsError, OSError))
             log.error("an answer broke off: %s", error, exc_info=unforeseen)
@@ -3078,10 +3091,11 @@ class Connection:
 
     def take(self, result: Any) -> None:
         """What it left; None where it broke off."""
-        if result is None:
+        request = self.request
+        if result is None or request is None:
             self.handle_close()
         elif not self.answered:
-            self.reply(result)
+            self.admit(request, result)
         elif result:
             self.out = result
             self.flush()

@@ -1796,7 +1796,8 @@ CHUNKED = "Transfer-Encoding: chunked"
 MEGABYTE = b"x" * 1_000_000
 GARBAGE = [  # header fields, what follows them, the request's version
     *(([CHUNKED], line + b"\r\nabc\r\n0\r\n\r\n", "1.1") for line in (
-        b"xyz", b"-3", b"+3", b"0x3", b"2", b"1_0", b"3 3", b"3;\0=1",
+        b"xyz", b"-3", b"+3", b"0x3", b"2", b"1_0", b"3 3", b"3;\0=1", b"3 ", b"", b"\n3", b"3\r",
+        b"4\r\nabcd3", b"0\r\nX: y\nZ: 1", b"0\r\n\n",
         # Nor may any client fill the memory with what is not even a body.
         b"1" * 1_000_000, b"3;" + MEGABYTE, b"0\r\nX: " + MEGABYTE, b"0\r\n" + b"X: y\r\n" * 200_000,
     )),
@@ -1814,6 +1815,18 @@ GARBAGE = [  # header fields, what follows them, the request's version
         )),
     )),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_chunks_are_told_apart_however_they_arrive(size: int) -> None:
+    body = b"5;a=b\r\nhello\r\n01\r\n\r\r\n0A\r\n0\r\n\r\n0\r\n\r\n\r\n0;x\r\nX: y\r\nZ: \r\n\r\n"
+    chunks, content, received = a.Chunks(), b"", b""
+    for start in range(0, len(body), size):
+        received += body[start : start + size]
+        piece, taken = chunks.take(received + b"GET"[: 3 * (start + size >= len(body))])
+        content, received = content + piece, received[taken:]
+    assert chunks.complete and received == b""
+    assert content == b"hello\r0\r\n\r\n0\r\n\r\n"
 
 
 @pytest.mark.parametrize("number", range(len(GARBAGE)))
@@ -2018,6 +2031,19 @@ def test_a_refusal_comes_instead_of_the_body(
         assert connection.ends()
     assert program.get(THERE).body == b"there"
     assert program.get(FRESH).status == 404
+
+
+@pytest.mark.parametrize("announced", ["Content-Length: 5000000", CHUNKED])
+def test_a_digest_that_is_not_known_yet_decides_before_the_body_too(program: Program, announced: str) -> None:
+    id, content = f"dropped-{len(announced)}", os.urandom(100_000)
+    drop(program.data / "app" / id, content)
+    there, expect = f'If-None-Match: "{sha256(content)}"', "Expect: 100-continue"
+    with program.connect() as connection:
+        answer = connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect))
+        assert answer.is_problem(412) and connection.ends()
+    drop(program.data / "app" / id, content + b"another")
+    with program.connect() as connection:
+        assert connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect)).status == 100
 
 
 def test_who_may_not_write_is_refused_instead_of_the_body(tmp_path: Path) -> None:
