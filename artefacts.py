@@ -2850,7 +2850,7 @@ class Request:
                     break
                 self._keep(Upload.write_from, pipe[0], size)
                 moved, self.remain = moved + size, self.remain - size
-            self.complete = not self.remain and self.chunks is None
+            self.complete = moved > 0 and not self.remain
         return moved > 0
 
     def _keep(self, write: Callable[..., None], *args: Any) -> None:
@@ -2948,7 +2948,7 @@ class Connection:
         self.file: File | None = None  # what of it is to be sent; or
         self.stream: Generator[bytes, None, None] | None = None  # where more comes from
         self.lingering = 0.0  # until when what arrives is thrown away
-        self.closes = False  # whether the connection ends with the answer
+        self.refused = self.closes = False  # whether the connection ends with the answer, and lingers
         self.will_close = False  # at once
         self.last_activity = time.time()
 
@@ -2985,13 +2985,16 @@ class Connection:
         self.go_on()
 
     def handle_close(self) -> None:
+        """The client is gone, or is to be; what a worker is at, is closed when that has left its result."""
+        if self.working:
+            self.will_close = True
+            return
         if self.lingering and self.connected:
             # The client may have ended what it sends before all of it was read here (POLLHUP).
             with contextlib.suppress(OSError):
                 for _ in range(TURN // PIECE):
                     self.socket.recv(PIECE)
-        if not self.working:
-            self.release()
+        self.release()
         self.close()
 
     # -- receiving --

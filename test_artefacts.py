@@ -1940,6 +1940,16 @@ def test_a_client_that_vanishes_in_mid_download_leaves_nothing_open(program: Pro
         eventually(lambda: held() == 0)
 
 
+def test_a_client_that_vanishes_from_a_worker_leaves_nothing_open(program: Program) -> None:
+    descriptors = Path(f"/proc/{program.process.pid}/fd")
+    before = len(list(descriptors.iterdir())) + 3
+    for number in range(100):
+        with program.connect() as connection:
+            connection.send(put(f"/artefacts/gone/{number % 5}", os.urandom(300_000)))
+            connection.abort()
+    eventually(lambda: len(list(descriptors.iterdir())) <= before and not program.incoming())
+
+
 def test_parts_of_a_large_artefact(program: Program, large: bytes) -> None:
     path = "/artefacts/app/large"
     with program.connect() as connection:
