@@ -58,6 +58,7 @@ import socket
 import stat
 import sys
 import tarfile
+import termios
 import time
 import tomllib
 import types
@@ -1515,8 +1516,6 @@ def body_length(environ: WSGIEnvironment) -> int | None:
             raise InvalidRequest("Transfer-Encoding cannot be read here. Send a Content-Length.")
         return None
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
-        if re.fullmatch("[0-9]+", length):
-            raise TooLarge("No file system holds so many bytes. Send less.")
         raise InvalidRequest("Content-Length is a number of bytes. Mend it.")
     return int(length or 0)
 
@@ -1899,7 +1898,9 @@ class ArtefactResource(Resource):
             type = req.content_type
             try:
                 stored = self.repository.push(upload, directory, id, type=type, check=check, wait=not at_once)
-            except BlockingIOError:
+            except BlockingIOError:  # of the lock; of a file, another program's lease of it
+                if not at_once:
+                    raise
                 raise Later(falcon.HTTP_100) from None
         artefact, created = stored
         self._tell_stored(req, resp, artefact, created)
@@ -2373,6 +2374,7 @@ OS_ERRORS = {
     errno.ENAMETOOLONG: (400, "The file system holds no name of this length. Choose a shorter one."),
     errno.ELOOP: (409, "A symbolic link is in the way; none is followed. Choose another name."),
     errno.ENOTDIR: (409, "Something that is no folder is in the way. Choose another name."),
+    errno.EAGAIN: (503, "Another program holds the file. Try again later."),
     errno.EMFILE: (503, "Too many files are open. Try again later."),
     errno.ENFILE: (503, "Too many files are open. Try again later."),
     errno.EROFS: (500, "The data directory cannot be written. Tell who runs this server."),
@@ -2707,15 +2709,16 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   the commit is a rename. Of a large one, the kernel moves the bytes from the socket to the file
 #   (splice); a file is sent by the kernel, from its cache to the socket (sendfile).
 # - A connection stays open after 204, 304 and chunked answers, which end by themselves.
-# - One that refused a body reads on for LINGER seconds: closed at once it would be reset, and the
-#   client might lose the answer (RFC 9112 §9.6).
+# - One that ends reads on for LINGER seconds: closed at once it would be reset, and the client might
+#   lose the answer (RFC 9112 §9.6).
 
 LINGER = 30  # seconds
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
 SEND = 512 * 1024  # bytes of a file sent at once, or of a stream taken
 TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
 PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
-MAX_HEADER = 64 * 1024  # bytes; also of a line between chunks, and of all lines behind them
+MAX_HEADER, MAX_BODY = 64 * 1024, 10**18  # bytes
+MAX_LINE = 4096  # bytes of a line between chunks, of all lines behind them, of a logged one
 KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
 OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")  # in an environ
 TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
@@ -2753,6 +2756,8 @@ def checked_header(server: Server, raw: bytes) -> Header:
     if codings and (codings != [b"chunked"] or header.length is not None or "CONTENT_LENGTH" in environ):
         # RFC 9112 §6.1: what follows such a header could be taken for another request
         raise Unreadable(400, "Transfer-Encoding: chunked goes with HTTP/1.1, without a length. Mend it.")
+    if header.length is not None and header.length >= MAX_BODY:
+        raise Unreadable(413, "No file system holds so many bytes. Send less.")
     if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
         environ["HTTP_HOST"] = absolute[1]
     options = environ.get("HTTP_CONNECTION", "").lower().split(",")
@@ -2796,8 +2801,9 @@ class Chunks:
                 self.expected = NEXT_CHUNK if self.remain else TRAILER
             else:
                 rest = data[at:]
-                whole = self.expected is not TRAILER and b"\n" in rest[2:]
-                if whole or BARE.search(rest) or len(rest) > MAX_HEADER:
+                broken = self.expected is not TRAILER and b"\n" in rest[2:]
+                broken |= self.expected is NEXT_CHUNK and not b"\r\n".startswith(rest[:2])
+                if broken or BARE.search(rest) or len(rest) > MAX_LINE:
                     raise Unreadable(400, "The chunks of the body cannot be told apart. Mend the request.")
                 break
         return bytes(content), at
@@ -2844,6 +2850,8 @@ class Request:
         if pipe is None or self.upload is None or not self.upload.staged:
             return False
         with contextlib.suppress(OSError):
+            if fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)) != bytes(4):
+                return False  # it was left by what failed unforeseen, and may not get into another upload
             while self.remain and moved < TURN and not self.over:
                 size = os.splice(source, pipe[1], min(PIPE, self.remain), flags=os.SPLICE_F_NONBLOCK)
                 if not size:
@@ -2948,17 +2956,18 @@ class Connection:
         self.file: File | None = None  # what of it is to be sent; or
         self.stream: Generator[bytes, None, None] | None = None  # where more comes from
         self.lingering = 0.0  # until when what arrives is thrown away
-        self.refused = self.closes = False  # whether the connection ends with the answer, and lingers
+        self.closes = False  # whether the connection ends with the answer
         self.will_close = False  # at once
         self.last_activity = time.time()
+        self.unread = b""  # how much of what was sent, when `is_silent` looked last
 
     # -- what the loop asks and tells --
 
     def readable(self) -> bool:
-        return not (self.working or self.result or self.out or self.file or self.will_close)
+        return not (self.working or self.out or self.file or self.will_close)
 
     def writable(self) -> bool:
-        return bool(self.out or self.file or self.result or self.will_close)
+        return bool(self.result or self.out or self.file or (self.will_close and not self.working))
 
     def handle_read(self) -> None:
         self.last_activity = time.time()
@@ -2977,6 +2986,7 @@ class Connection:
 
     def handle_write(self) -> None:
         if self.result:
+            self.working = False
             self.take(self.result.pop())
         elif self.will_close:
             self.handle_close()
@@ -2985,8 +2995,8 @@ class Connection:
         self.go_on()
 
     def handle_close(self) -> None:
-        """The client is gone, or is to be; what a worker is at, is closed when that has left its result."""
-        if self.working:
+        """The client is gone, or is to be; what a worker is at is closed when that has left its result."""
+        if self.working and not self.result:
             self.will_close = True
             return
         if self.lingering and self.connected:
@@ -2996,6 +3006,19 @@ class Connection:
                     self.socket.recv(PIECE)
         self.release()
         self.close()
+
+    def handle_expt(self) -> None:
+        """Urgent data, which is no part of HTTP, and would be told of again and again."""
+        self.handle_close()
+
+    def is_silent(self, since: float) -> bool:
+        """Whether nothing has moved since then. A client that reads slowly shows in its socket's buffer; as
+        writable that is told of only when a good part of it is free."""
+        if self.writable() and self.last_activity < since:
+            unread = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+            if unread != self.unread:
+                self.unread, self.last_activity = unread, time.time()
+        return self.last_activity < since and bool(self.result or not self.working)
 
     # -- receiving --
 
@@ -3035,14 +3058,14 @@ class Connection:
         """Whether there is a header; Unreadable."""
         self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
         header, end, rest = self.received.partition(b"\r\n\r\n")
-        self.line = header.partition(b"\r\n")[0]
+        if not end and len(header) <= MAX_HEADER:
+            return False
+        self.received, self.line = rest, header[:MAX_LINE].partition(b"\r\n")[0]
         if len(header) > MAX_HEADER:
             raise Unreadable(431, f"The header has more than {MAX_HEADER} bytes. Send less.")
-        if end:
-            self.received = rest
-            read = read_header(self.server, header + end)
-            self.request = Request(read, self.client, self.server.repository)
-        return self.request is not None
+        read = read_header(self.server, header + end)
+        self.request = Request(read, self.client, self.server.repository)
+        return True
 
     def look(self, request: Request) -> Answer:
         """The application's first look at it."""
@@ -3088,8 +3111,8 @@ class Connection:
         except Exception as error:
             unforeseen = not isinstance(error, (ArtefactsError, OSError))
             log.error("an answer broke off: %s", error, exc_info=unforeseen)
-        self.result.append(result)
-        self.last_activity, self.working = time.time(), False
+        self.last_activity = time.time()
+        self.result.append(result)  # and nothing more: it is the loop's from now on
         self.server.pull_trigger()
 
     def take(self, result: Any) -> None:
@@ -3115,8 +3138,8 @@ class Connection:
         version, length = environ.get("SERVER_PROTOCOL", "HTTP/1.1"), dict(fields).get("content-length")
         ended = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
         chunked = not ended and version == "HTTP/1.1"
-        self.refused = request is None or not request.complete
-        self.closes = request is None or self.refused or request.header.closes or not (ended or chunked)
+        last = request is None or not request.complete or request.header.closes
+        self.closes = last or not (ended or chunked)
         if self.closes:
             fields.append(("connection", "close"))
         elif version == "HTTP/1.0":
@@ -3142,7 +3165,7 @@ class Connection:
         left = TURN
         try:
             while self.out:
-                sent = self.socket.send(self.out, MORE if self.file or self.stream else 0)
+                sent = self.socket.send(self.out, MORE if self.file else 0)
                 self.out, left = memoryview(self.out)[sent:], left - sent
             while self.file and left > 0:
                 left -= self.file.send(self.socket.fileno())
@@ -3162,16 +3185,15 @@ class Connection:
             self.hand_over()
         elif self.answered:
             self.release()
-            if self.refused:
+            if self.closes:
                 self.lingering, self.received = time.time() + LINGER, b""
                 with contextlib.suppress(OSError):
                     self.socket.shutdown(socket.SHUT_WR)
-            elif self.closes:
-                self.handle_close()
 
     def release(self) -> None:
         """Closes the request and the answer."""
-        close_body(self.body)
+        for body in (self.body, *(result[2] for result in self.result if isinstance(result, tuple))):
+            close_body(body)
         if self.request is not None:
             self.request.close()
         self.answered, self.request, self.body, self.file, self.stream = False, None, (), None, None
@@ -3253,6 +3275,12 @@ class Server(waitress.server.TcpWSGIServer):
                 fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIPE)
         super().__init__(app, **options)
 
+    def maintenance(self, now: float) -> None:
+        """Closes connections on which nothing moves."""
+        for channel in list(self.active_channels.values()):
+            if channel.is_silent(now - self.adj.channel_timeout):
+                channel.handle_close()
+
     def parse(self, header: bytes) -> Header:
         """Unreadable."""
         parser = waitress.parser.HTTPRequestParser(self.adj)
@@ -3260,8 +3288,10 @@ class Server(waitress.server.TcpWSGIServer):
             parser.parse_header(header)
         except waitress.parser.TransferEncodingNotImplemented as error:
             raise Unreadable(501, f"{error}. Mend the request.") from None
-        except (waitress.parser.ParsingError, ValueError) as error:  # of urlsplit; of int with 4301 digits
+        except waitress.parser.ParsingError as error:
             raise Unreadable(400, f"{error}. Mend the request.") from None
+        except ValueError:  # of urlsplit; of int with more than 4300 digits
+            raise Unreadable(400, "The header cannot be read. Mend the request.") from None
         parser.body_rcv = None
         channel = types.SimpleNamespace(server=self, addr=("", 0), check_client_disconnected=None)
         environ = waitress.task.WSGITask(channel, parser).get_environment()

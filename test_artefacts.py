@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import hashlib
 import http.client
 import io
@@ -1776,6 +1777,85 @@ def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Pro
     assert program.get(path).body == b"2"
 
 
+def test_a_worker_that_is_slow_to_leave_its_result_holds_nothing_up(tmp_path: Path) -> None:
+    """What it left is the loop's at once, though the worker be interrupted right there."""
+    code = IMPORT + """
+import time
+class Result(list):
+    def append(self, result):
+        super().append(result)
+        self.server.pull_trigger()
+        time.sleep(0.01)
+def begin(self, server, address, original=artefacts.Connection.__init__):
+    original(self, server, address)
+    self.result = Result()
+    self.result.server = server
+artefacts.Connection.__init__ = begin
+artefacts.main()
+"""
+    requests = [head("GET", "/artefacts/"), head("GET", "/artefacts/app?format=tar")] * 20
+    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
+        assert program.ask(put("/artefacts/app/x", b"x")).status == 201
+        with program.connect() as connection:
+            connection.send(b"".join(requests))
+            assert [connection.answer().status for _ in requests] == [200] * 40
+
+
+def test_while_a_worker_waits_for_whom_the_client_is_gone_nothing_is_busy(program: Program) -> None:
+    def processor_time() -> int:
+        fields = Path(f"/proc/{program.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])  # in ticks, 100 a second
+
+    program.ask(put("/artefacts/held/x", b"x"))
+    with open(program.data / ".locks/held", "rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for _ in range(5):
+            with program.connect() as connection:
+                connection.send(put("/artefacts/held/x", b"y"))
+                connection.abort()
+        time.sleep(0.2)
+        before = processor_time()
+        time.sleep(1)
+        assert processor_time() - before < 50
+    assert program.get("/artefacts/held/x").status == 200
+
+
+def test_urgent_data_ends_the_connection(program: Program) -> None:
+    with program.connect() as connection:
+        connection.socket.send(b"G")
+        connection.socket.send(b"E", socket.MSG_OOB)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.ends()
+
+
+def test_what_another_program_has_leased_is_told_of(tmp_path: Path) -> None:
+    path, data = "/artefacts/app/leased", tmp_path / "data"
+    drop(data / "app/leased", b"1")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which the kernel sends to who has the lease
+    try:
+        with Program(data, logged=r"artefacts: (PUT|GET) .*Errno 11.*") as program:
+            with open(data / "app/leased", "rb+") as file:
+                try:
+                    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                except OSError:
+                    pytest.skip("there are no leases here")
+                assert program.ask(put(path, b"2")).is_problem(503)
+                assert program.get(path).is_problem(503)
+            assert program.ask(put(path, b"2")).status == 200
+    finally:
+        signal.signal(signal.SIGIO, before)
+
+
+def test_the_last_answer_arrives_whole_whatever_follows_it(program: Program, large: bytes) -> None:
+    for behind in (b"\r\n", head("DELETE", "/artefacts/app/large")):
+        with program.connect(receive_buffer=4096) as connection:
+            connection.send(head("GET", "/artefacts/app/large", "Connection: close"))
+            assert connection.file.peek(1)
+            connection.send(behind)
+            assert connection.answer().body == large
+            assert connection.ends()
+
+
 def test_a_request_may_arrive_in_any_pieces(program: Program) -> None:
     body = bytes(range(20))
     request = head("PUT", "/artefacts/app/pieces", "Transfer-Encoding: chunked") + pieces(body, 6)
@@ -1827,6 +1907,14 @@ def test_chunks_are_told_apart_however_they_arrive(size: int) -> None:
         content, received = content + piece, received[taken:]
     assert chunks.complete and received == b""
     assert content == b"hello\r0\r\n\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("body", [b"5\r\nhelloX", b"5\r\nhello\rX", b"5\rX", b"0\r\n\n", b"5;" + b"x" * 5000])
+def test_chunks_that_cannot_become_well_formed_are_refused_at_once(body: bytes) -> None:
+    with pytest.raises(a.Unreadable):
+        chunks, received = a.Chunks(), body
+        while received:
+            received = received[chunks.take(received)[1] :]
 
 
 @pytest.mark.parametrize("number", range(len(GARBAGE)))
@@ -1927,17 +2015,19 @@ def test_a_body_cut_off_in_the_middle_is_discarded(program: Program, announced: 
     assert program.get("/artefacts/app/cut").status == 404
 
 
-def test_a_client_that_vanishes_in_mid_download_leaves_nothing_open(program: Program, large: bytes) -> None:
-    def held() -> int:
-        files = Path(f"/proc/{program.process.pid}/fd")
-        return sum(os.path.realpath(file).endswith("/large") for file in files.iterdir())
+def held(program: Program, name: str) -> int:
+    """How often it has the file open."""
+    files = Path(f"/proc/{program.process.pid}/fd")
+    return sum(os.path.realpath(file).endswith(f"/{name}") for file in files.iterdir())
 
+
+def test_a_client_that_vanishes_in_mid_download_leaves_nothing_open(program: Program, large: bytes) -> None:
     for leave in (Connection.close, Connection.abort):
         connection = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app/large"))
         assert connection.file.read(5) == b"HTTP/"
-        assert held() == 1
+        assert held(program, "large") == 1
         leave(connection)
-        eventually(lambda: held() == 0)
+        eventually(lambda: held(program, "large") == 0)
 
 
 def test_a_client_that_vanishes_from_a_worker_leaves_nothing_open(program: Program) -> None:
@@ -2025,6 +2115,7 @@ REFUSALS = [
 ANNOUNCED = [
     *((*refusal, announced) for refusal in REFUSALS for announced in ("Content-Length: 5000000", CHUNKED)),
     *(("PUT", FRESH, "X: y", 413, f"Content-Length: {size}") for size in (MAX_SIZE + 1, 1 << 62, 10**30)),
+    *((method, THERE, "X: y", 413, f"Content-Length: {10**30}") for method in ("GET", "DELETE")),
 ]
 
 
@@ -2234,13 +2325,17 @@ def test_an_upload_lasts_as_long_as_anything_arrives(tmp_path: Path) -> None:
     """A connection that is silent for waitress's timeout is closed; this one is not, and is slow."""
     timeout = "artefacts.waitress.server.Adjustments."
     code = IMPORT + f"{timeout}channel_timeout = 1; {timeout}cleanup_interval = 0; artefacts.main()"
+    drop(tmp_path / "data/app/large", bytes(40_000_000))
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
         with program.connect() as silent, program.connect() as connection:
             connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 2000000") + bytes(1_000_000))
+            lazy = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app?format=tar"))
             for _ in range(25):
                 time.sleep(0.1)
                 connection.send(bytes(4_000))
             assert silent.ends()
+            eventually(lambda: program.get("/artefacts/app") and not held(program, "large"))
+            lazy.close()
             assert connection.send(bytes(900_000)).answer().status == 201
 
 
