@@ -2810,7 +2810,7 @@ class Chunks:
 
 
 class Request:
-    """One request as it is received, its body into an Upload. The connection closes it."""
+    """One request as it is received, its body into an Upload, which the connection closes."""
 
     def __init__(self, header: Header, client: WSGIEnvironment, repository: Repository) -> None:
         self.header = header
@@ -2869,13 +2869,6 @@ class Request:
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
 
-    def close(self) -> None:
-        if self.upload is not None:
-            try:
-                self.upload.close()
-            except OSError as error:  # of the unlinking; a sweep comes to it. Nobody here can do better
-                log.error("what was staged cannot be removed: %s", error)
-
 
 class File:
     """A `wsgi.file_wrapper` (PEP 3333): a file on its way out, from its position on. It is not read: the
@@ -2912,8 +2905,11 @@ def ask(application: WSGIApplication, environ: WSGIEnvironment) -> Answer:
 
 def close_body(body: object) -> None:
     """Whoever ends an answer closes what it was of, where that can be closed (PEP 3333)."""
-    if hasattr(body, "close"):
-        body.close()
+    try:
+        if hasattr(body, "close"):
+            body.close()
+    except OSError as error:  # of an upload's unlinking, too: a sweep comes to it. Nobody here can do better
+        log.error("what is done with cannot be closed, or removed: %s", error)
 
 
 def framed(body: Iterable[bytes], chunked: bool) -> Generator[bytes, None, None]:
@@ -3015,9 +3011,10 @@ class Connection:
         """Whether nothing has moved since then. A client that reads slowly shows in its socket's buffer; as
         writable that is told of only when a good part of it is free."""
         if self.writable() and self.last_activity < since:
-            unread = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-            if unread != self.unread:
-                self.unread, self.last_activity = unread, time.time()
+            with contextlib.suppress(OSError):  # not on macOS
+                before, self.unread = self.unread, fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+                if self.unread != before:
+                    self.last_activity = time.time()
         return self.last_activity < since and bool(self.result or not self.working)
 
     # -- receiving --
@@ -3122,11 +3119,8 @@ class Connection:
             self.handle_close()
         elif not self.answered:
             self.admit(request, result)
-        elif result:
-            self.out = result
-            self.flush()
         else:
-            self.stream = None
+            self.out, self.stream = result, self.stream if result else None
             self.flush()
 
     # -- sending --
@@ -3191,11 +3185,10 @@ class Connection:
                     self.socket.shutdown(socket.SHUT_WR)
 
     def release(self) -> None:
-        """Closes the request and the answer."""
-        for body in (self.body, *(result[2] for result in self.result if isinstance(result, tuple))):
+        """Closes what was received and what was answered."""
+        left = [result[2] for result in self.result if isinstance(result, tuple)]
+        for body in (self.body, self.request and self.request.upload, *left):
             close_body(body)
-        if self.request is not None:
-            self.request.close()
         self.answered, self.request, self.body, self.file, self.stream = False, None, (), None, None
 
 

@@ -1708,7 +1708,7 @@ def test_clients_that_do_not_read_hold_no_thread(tmp_path: Path) -> None:
 def test_what_cannot_be_removed_holds_up_no_connection(data: Path) -> None:
     path = "/artefacts/app/x"
     half = head("PUT", "/artefacts/app/y", "Content-Length: 2000000") + bytes(1_000_000)
-    logged = "artefacts: what was staged cannot be removed: .*"
+    logged = "artefacts: what is done with cannot be closed, or removed: .*"
     with Program(data, before=without_privileges(), logged=logged) as program:
         with program.connect() as connection, program.connect() as unfinished:
             connection.send(head("PUT", path, "Content-Length: 600000", f"X-Checksum-Sha256: {'0' * 64}"))
