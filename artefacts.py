@@ -2795,7 +2795,7 @@ class Chunks:
                 piece = data[at : at + self.remain]
                 content += piece
                 at, self.remain = at + len(piece), self.remain - len(piece)
-            elif line := self.expected.match(data, at):
+            elif (line := self.expected.match(data, at)) and line.end() - at <= MAX_LINE:
                 at, self.complete = line.end(), self.expected is TRAILER
                 self.remain = 0 if self.complete else int(line[1], 16)
                 self.expected = NEXT_CHUNK if self.remain else TRAILER
@@ -3015,7 +3015,8 @@ class Connection:
                 before, self.unread = self.unread, fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
                 if self.unread != before:
                     self.last_activity = time.time()
-        return self.last_activity < since and bool(self.result or not self.working)
+        # In this order: a worker sets the time before it leaves its result.
+        return bool(self.result or not self.working) and self.last_activity < since
 
     # -- receiving --
 
@@ -3168,7 +3169,7 @@ class Connection:
         except OSError:  # the client is gone, or the file was cut short
             self.handle_close()
         if left < TURN:
-            self.last_activity = time.time()
+            self.last_activity, self.unread = time.time(), b""  # what is unread then is another part
         if self.connected and not self.out and not self.file:
             self.sent()
 

@@ -1909,7 +1909,10 @@ def test_chunks_are_told_apart_however_they_arrive(size: int) -> None:
     assert content == b"hello\r0\r\n\r\n0\r\n\r\n"
 
 
-@pytest.mark.parametrize("body", [b"5\r\nhelloX", b"5\r\nhello\rX", b"5\rX", b"0\r\n\n", b"5;" + b"x" * 5000])
+@pytest.mark.parametrize("body", [
+    b"5\r\nhelloX", b"5\r\nhello\rX", b"5\rX", b"0\r\n\n", b"5;" + b"x" * 5000,
+    b"5;" + b"x" * 5000 + b"\r\nhello",
+])  # fmt: skip
 def test_chunks_that_cannot_become_well_formed_are_refused_at_once(body: bytes) -> None:
     with pytest.raises(a.Unreadable):
         chunks, received = a.Chunks(), body
