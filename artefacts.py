@@ -70,10 +70,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, Ty
 from urllib.parse import quote, urlencode
 
 import falcon
-import waitress.buffers
-import waitress.channel
 import waitress.parser
-import waitress.receiver
 import waitress.server
 import waitress.task
 import waitress.wasyncore
