@@ -133,6 +133,18 @@ class InvalidRequest(ArtefactsError):
     """The request contradicts itself or cannot be understood."""
 
 
+class Unreadable(ArtefactsError):
+    """What was received is no request, or none that can be told from what follows it."""
+
+
+class HeaderTooLarge(ArtefactsError):
+    """A request's header is longer than is read."""
+
+
+class Unimplemented(ArtefactsError):
+    """A transfer coding that nobody knows here."""
+
+
 class Mismatch(ArtefactsError):
     """What arrived is not what was announced: its length or its digest differs."""
 
@@ -2359,10 +2371,10 @@ def refusals_page(directory: str, refused: Iterable[Mapping[str, Any]], base: st
 # == Errors: one mapping from exceptions to answers ===============================================
 
 STATUSES: dict[type[ArtefactsError], int] = {
-    InvalidName: 400, InvalidRequest: 400, Mismatch: 400, Unauthenticated: 401, Forbidden: 403,
-    NotFound: 404, Conflict: 409,
+    InvalidName: 400, InvalidRequest: 400, Unreadable: 400, Mismatch: 400,
+    Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409,
     PreconditionFailed: 412, TooLarge: 413, Unsupported: 415, UnsatisfiableRange: 416,
-    Damaged: 500, Unavailable: 503, OutOfSpace: 507,
+    HeaderTooLarge: 431, Damaged: 500, Unimplemented: 501, Unavailable: 503, OutOfSpace: 507,
 }
 OS_ERRORS = {
     errno.ENOSPC: (507, "The disk is full. Delete something, or tell who runs this server."),
@@ -2699,9 +2711,10 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   leaves what it got: nothing is locked here, and no thread waits for a client. A connection has one
 #   request under way at a time; what is sent behind it (pipelining) waits.
 # - A first look: as soon as a request's header is there, the application is called with
-#   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; any
-#   other answer is final. So a refusal comes before the body, from the code that would refuse it
-#   after; and what can be answered at once is, without a hand-over between threads.
+#   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; 102 where
+#   the look itself takes a while, so that a worker takes it; any other answer is final. So a refusal
+#   comes before the body, from the code that would refuse it after; and what can be answered at once
+#   is, without a hand-over between threads.
 # - A body is received into an `Upload`: written once, beside the data, and hashed meanwhile, so that
 #   the commit is a rename. Of a large one, the kernel moves the bytes from the socket to the file
 #   (splice); a file is sent by the kernel, from its cache to the socket (sendfile).
@@ -2728,14 +2741,6 @@ BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
 Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
 
 
-class Unreadable(Exception):
-    """What is received is no request, or not to its end: the status, and what to do about it."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = falcon.code_to_http_status(status)
-
-
 class Header(NamedTuple):
     """What the header of a request says."""
 
@@ -2746,15 +2751,16 @@ class Header(NamedTuple):
 
 
 def checked_header(server: Server, raw: bytes) -> Header:
-    """What the server's parser makes of a header, where nobody could read another message; Unreadable."""
+    """What the server's parser makes of a header, where nobody could read another message;
+    ArtefactsError."""
     header = server.parse(raw)
     environ = header.environ
     codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(raw)]
     if codings and (codings != [b"chunked"] or header.length is not None or "CONTENT_LENGTH" in environ):
         # RFC 9112 §6.1: what follows such a header could be taken for another request
-        raise Unreadable(400, "Transfer-Encoding: chunked goes with HTTP/1.1, without a length. Mend it.")
+        raise Unreadable("Transfer-Encoding: chunked goes with HTTP/1.1, without a length. Mend it.")
     if header.length is not None and header.length >= MAX_BODY:
-        raise Unreadable(413, "No file system holds so many bytes. Send less.")
+        raise TooLarge("No file system holds so many bytes. Send less.")
     if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
         environ["HTTP_HOST"] = absolute[1]
     options = environ.get("HTTP_CONNECTION", "").lower().split(",")
@@ -2765,7 +2771,7 @@ known_header = functools.lru_cache(1024)(checked_header)
 
 
 def read_header(server: Server, raw: bytes) -> Header:
-    """Clients send the same fields again and again: line and fields are remembered apart. Unreadable."""
+    """Clients send the same fields again and again: line and fields are remembered apart. As above."""
     line, _, fields = raw.partition(b"\r\n")
     if not line.endswith(b" HTTP/1.1") or len(line) > KNOWN_LINE or len(fields) > KNOWN_FIELDS:
         return checked_header(server, raw)
@@ -2801,7 +2807,7 @@ class Chunks:
                 broken = self.expected is not TRAILER and b"\n" in rest[2:]
                 broken |= self.expected is NEXT_CHUNK and not b"\r\n".startswith(rest[:2])
                 if broken or BARE.search(rest) or len(rest) > MAX_LINE:
-                    raise Unreadable(400, "The chunks of the body cannot be told apart. Mend the request.")
+                    raise Unreadable("The chunks of the body cannot be told apart. Mend the request.")
                 break
         return bytes(content), at
 
@@ -2813,13 +2819,16 @@ class Request:
         self.header = header
         self.chunks = Chunks() if header.length is None else None
         self.remain = header.length or 0  # bytes of a body without chunks
-        self.complete = header.length == 0
         self.looked = False  # whether the application had its first look before the body
         self.upload: Upload | None = None
-        if not self.complete:
+        if header.length != 0:
             limited = header.environ["REQUEST_METHOD"] not in ("PUT", "POST")
             self.upload = repository.stage(PIECE if limited else None)  # of a push, the resource knows it
         self.environ = header.environ | client | {"wsgi.input": self.upload or io.BytesIO()}
+
+    @property
+    def complete(self) -> bool:
+        return self.chunks.complete if self.chunks is not None else not self.remain
 
     @property
     def over(self) -> bool:
@@ -2830,11 +2839,9 @@ class Request:
         """Takes what is its own of the data: so many bytes. Unreadable."""
         if self.chunks is not None:
             content, taken = self.chunks.take(data)
-            self.complete = self.chunks.complete
         else:
             content, taken = data[: self.remain], min(len(data), self.remain)
             self.remain -= taken
-            self.complete = not self.remain
         self._keep(Upload.write, content)
         if self.complete and self.upload is not None:
             self.environ["CONTENT_LENGTH"] = str(self.upload.size)
@@ -2855,7 +2862,6 @@ class Request:
                     break
                 self._keep(Upload.write_from, pipe[0], size)
                 moved, self.remain = moved + size, self.remain - size
-            self.complete = moved > 0 and not self.remain
         return moved > 0
 
     def _keep(self, write: Callable[..., None], *args: Any) -> None:
@@ -3023,17 +3029,17 @@ class Connection:
             try:
                 if not self.step():
                     return
-            except Unreadable as error:
-                content = problem(error.status, str(error))
+            except ArtefactsError as error:
+                code, detail = answer_to(error)
+                content = problem(status := falcon.code_to_http_status(code), detail)
                 fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
-                self.reply((error.status, fields, [content], "-"))
+                self.reply((status, fields, [content], "-"))
 
     def step(self) -> bool:
-        """Whether something came of it; Unreadable."""
-        if self.request is None and not self.begin():
+        """Whether something came of it; ArtefactsError of what cannot be read."""
+        request = self.request = self.request or self.begin()
+        if request is None:
             return False
-        request = self.request
-        assert request is not None
         if not request.over:
             self.received = self.received[request.receive(self.received) :]
         if request.over:
@@ -3049,18 +3055,17 @@ class Connection:
             self.admit(request, answer)
         return True
 
-    def begin(self) -> bool:
-        """Whether there is a header; Unreadable."""
+    def begin(self) -> Request | None:
+        """What the header begins, if it is there; ArtefactsError."""
         self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
         header, end, rest = self.received.partition(b"\r\n\r\n")
         if not end and len(header) <= MAX_HEADER:
-            return False
+            return None
         self.received, self.line = rest, header[:MAX_LINE].partition(b"\r\n")[0]
         if len(header) > MAX_HEADER:
-            raise Unreadable(431, f"The header has more than {MAX_HEADER} bytes. Send less.")
+            raise HeaderTooLarge(f"The header has more than {MAX_HEADER} bytes. Send less.")
         read = read_header(self.server, header + end)
-        self.request = Request(read, self.client, self.server.repository)
-        return True
+        return Request(read, self.client, self.server.repository)
 
     def look(self, request: Request) -> Answer:
         """The application's first look at it."""
@@ -3219,11 +3224,11 @@ def field_line(name: str, value: str) -> str:
 # document (REQUIRED; most have not changed since 2012). Where one is missing, the stock server runs.
 
 REQUIRED = (
-    (waitress.wasyncore.dispatcher, "socket connected close del_channel _fileno"),
+    (waitress.wasyncore.dispatcher, "socket connected close del_channel _fileno _map"),
     (waitress.server.TcpWSGIServer, "channel_class active_channels application adj task_dispatcher add_task"),
     (waitress.server.TcpWSGIServer, "maintenance trigger pull_trigger effective_port"),
     (waitress.parser, "ParsingError TransferEncodingNotImplemented"),
-    (waitress.parser.HTTPRequestParser, "parse_header headers chunked content_length body_rcv"),
+    (waitress.parser.HTTPRequestParser, "parse_header chunked content_length body_rcv"),
     (waitress.parser.HTTPRequestParser, "connection_close expect_continue"),
     (waitress.task.WSGITask, "get_environment"),
 )
@@ -3233,7 +3238,7 @@ GRACE = 10  # seconds that requests in flight have to finish after SIGTERM or Ct
 class Channel(Connection, waitress.wasyncore.dispatcher):
     """A connection as waitress's loop and its threads know it."""
 
-    total_outbufs_len = 0
+    total_outbufs_len = 0  # `run` asks for it, of a stock channel; here the request stays until all has left
 
     def __init__(self, server: Server, sock: socket.socket, address: tuple[str, int], adj: Any,
                  map: dict[int, Any]) -> None:
@@ -3273,16 +3278,16 @@ class Server(waitress.server.TcpWSGIServer):
                 channel.handle_close()
 
     def parse(self, header: bytes) -> Header:
-        """Unreadable."""
+        """Unreadable, Unimplemented."""
         parser = waitress.parser.HTTPRequestParser(self.adj)
         try:
             parser.parse_header(header)
         except waitress.parser.TransferEncodingNotImplemented as error:
-            raise Unreadable(501, f"{error}. Mend the request.") from None
+            raise Unimplemented(f"{error}. Mend the request.") from None
         except waitress.parser.ParsingError as error:
-            raise Unreadable(400, f"{error}. Mend the request.") from None
+            raise Unreadable(f"{error}. Mend the request.") from None
         except ValueError:  # of urlsplit; of int with more than 4300 digits
-            raise Unreadable(400, "The header cannot be read. Mend the request.") from None
+            raise Unreadable("The header cannot be read. Mend the request.") from None
         parser.body_rcv = None
         channel = types.SimpleNamespace(server=self, addr=("", 0), check_client_disconnected=None)
         environ = waitress.task.WSGITask(channel, parser).get_environment()
@@ -3294,8 +3299,8 @@ def make_server(app: WSGIApplication, repository: Repository, options: argparse.
     """A waitress server, listening; its own kind where waitress has what that relies on."""
     settings: dict[str, Any] = {
         "host": options.host, "port": options.port, "threads": options.threads, "ident": "artefacts",
-        "recv_bytes": 64 * 1024, "asyncore_use_poll": True, "connection_limit": connection_limit(),
-        "max_request_body_size": 1 << 62, "max_request_header_size": 64 * 1024,
+        "recv_bytes": RECEIVE, "asyncore_use_poll": True, "connection_limit": connection_limit(),
+        "max_request_body_size": 1 << 62, "max_request_header_size": MAX_HEADER,
         "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
     }
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
