@@ -1738,6 +1738,26 @@ def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path
         assert program.get("/artefacts/app").status == 200
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="Linux only")
+def test_what_a_fault_left_in_the_pipe_gets_into_no_other_upload(tmp_path: Path) -> None:
+    code = IMPORT + """
+def fail(self, pipe, size, original=artefacts.Upload.write_from):
+    artefacts.Upload.write_from = original
+    raise MemoryError
+artefacts.Upload.write_from = fail
+artefacts.main()
+"""
+    path, body = "/artefacts/app/x", os.urandom(2_000_000)
+    with Program(tmp_path / "data", code=("-c", code), logged=".*") as program:
+        with program.connect() as connection, contextlib.suppress(OSError):
+            connection.send(put(path, bytes(2_000_000)))
+            assert connection.ends()
+        assert "MemoryError" in program.log.read_text()
+        eventually(lambda: program.incoming() == [])
+        assert program.ask(put(path, body)).status == 201
+        assert program.get(path).body == body
+
+
 @pytest.mark.parametrize("last", [
     head("GET", THERE, "Connection: close"), head("GET", THERE + "?versions", "Connection: close"),
     head("GET", THERE, version="1.0"), b"nonsense\r\n\r\n",
@@ -2324,18 +2344,23 @@ def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp
         assert program.get(path).body == b"333"
 
 
-def test_an_upload_lasts_as_long_as_anything_arrives(tmp_path: Path) -> None:
-    """A connection that is silent for waitress's timeout is closed; this one is not, and is slow."""
+def test_a_connection_lasts_as_long_as_anything_moves(tmp_path: Path) -> None:
+    """One that is silent for waitress's timeout is closed; these are not, and are slow."""
     timeout = "artefacts.waitress.server.Adjustments."
     code = IMPORT + f"{timeout}channel_timeout = 1; {timeout}cleanup_interval = 0; artefacts.main()"
     drop(tmp_path / "data/app/large", bytes(40_000_000))
+    drop(tmp_path / "data/lib/larger", bytes(40_000_000))
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
         with program.connect() as silent, program.connect() as connection:
             connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 2000000") + bytes(1_000_000))
             lazy = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app?format=tar"))
+            slow = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/lib/larger"))
             for _ in range(25):
                 time.sleep(0.1)
                 connection.send(bytes(4_000))
+                assert slow.file.read(4_000)
+            assert held(program, "larger")
+            slow.close()
             assert silent.ends()
             eventually(lambda: program.get("/artefacts/app") and not held(program, "large"))
             lazy.close()
