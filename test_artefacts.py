@@ -2351,19 +2351,20 @@ def test_a_connection_lasts_as_long_as_anything_moves(tmp_path: Path) -> None:
     drop(tmp_path / "data/app/large", bytes(40_000_000))
     drop(tmp_path / "data/lib/larger", bytes(40_000_000))
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
-        with program.connect() as silent, program.connect() as connection:
+        with (
+            program.connect() as silent, program.connect(receive_buffer=4096) as lazy,
+            program.connect() as connection, program.connect(receive_buffer=4096) as slow,
+        ):  # fmt: skip
             connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 2000000") + bytes(1_000_000))
-            lazy = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app?format=tar"))
-            slow = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/lib/larger"))
+            lazy.send(head("GET", "/artefacts/app?format=tar"))
+            slow.send(head("GET", "/artefacts/lib/larger"))
             for _ in range(25):
                 time.sleep(0.1)
                 connection.send(bytes(4_000))
                 assert slow.file.read(4_000)
             assert held(program, "larger")
-            slow.close()
             assert silent.ends()
             eventually(lambda: program.get("/artefacts/app") and not held(program, "large"))
-            lazy.close()
             assert connection.send(bytes(900_000)).answer().status == 201
 
 
