@@ -498,8 +498,7 @@ class Upload:
         """The SHA-256, in hex, of all that was written so far."""
         if self._fd < 0:
             return hashlib.sha256(self._memory).hexdigest()
-        if self._hashing is not None:
-            self._hashing.result()
+        self._settle()
         self._hash(self.size)
         return self._sha256.hexdigest()
 
@@ -543,8 +542,7 @@ class Upload:
     def close(self) -> None:
         """Frees all; what was staged and not pushed is gone."""
         self._closed, self._memory = True, bytearray()
-        if self._hashing is not None:
-            self._hashing.exception()
+        self._settle()
         fd, self._fd, name, self._name = self._fd, -1, self._name, ""
         with self._incoming as incoming, Descriptor(fd):
             if name:
@@ -568,6 +566,12 @@ class Upload:
             self._name = name
             _write(self._fd, self._memory)
             self._memory = bytearray()
+
+    def _settle(self) -> None:
+        """Returns when no thread hashes this any more. What has not begun does not begin: it would wait for
+        the hashes of others. What failed is met again by who goes on."""
+        if self._hashing is not None and not self._hashing.cancel():
+            self._hashing.exception()
 
     def _hash(self, until: int) -> None:
         # From the page cache and not from a queue: however far the hash lags behind a fast

@@ -175,6 +175,22 @@ def test_a_large_upload_in_uneven_pieces_has_the_right_digest(data: Path, reposi
     assert tree(data) == {"app/x": content}
 
 
+def test_who_has_sent_all_does_not_wait_for_the_hashes_of_others(repository: a.Repository) -> None:
+    go, content = threading.Event(), MANY * 4
+    others = [repository.hashers().submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
+    try:
+        with repository.stage() as upload, repository.stage() as aborted:
+            upload.write(content)
+            aborted.write(content)
+            upload.write(b"more")
+            assert upload.digest() == sha256(content + b"more")
+            upload.write(content)
+            assert upload.digest() == sha256(content + b"more" + content)
+        assert not any(other.done() for other in others)
+    finally:
+        go.set()
+
+
 def test_an_artefact_and_a_folder_do_not_share_a_name(data: Path, keeping: a.Repository) -> None:
     push(keeping, "a", b"1")
     push(keeping, "b/c/d", b"2")
