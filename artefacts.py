@@ -86,6 +86,7 @@ INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
 ALL = sys.maxsize  # keep_versions: every one
 PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memory
 HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them
+HASH_BEHIND = 4 * HASH_AFTER  # bytes staged and not hashed: from there on, it is the hash that is waited for
 SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
 MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact that is not longer is read whole, and its bytes are remembered
@@ -529,6 +530,11 @@ class Upload:
     def staged(self) -> bool:
         """Whether there is a file already."""
         return self._fd >= 0
+
+    @property
+    def hashing(self) -> Future[None] | None:
+        """What the hash is at, where it is HASH_BEHIND bytes behind; done or not."""
+        return self._hashing if self.size - self._hashed >= HASH_BEHIND else None
 
     @property
     def pushed(self) -> bool:
@@ -2731,6 +2737,7 @@ RECEIVE = 64 * 1024  # bytes asked of a socket at once
 SEND = 512 * 1024  # bytes of a file sent at once, or of a stream taken
 TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
 PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
+GATHERED = 1024 * 1024  # bytes that are to be in a socket before it is read, while the hash is far behind
 MAX_HEADER, MAX_BODY = 64 * 1024, 10**18  # bytes
 MAX_LINE = 4096  # bytes of a line between chunks, of all lines behind them, of a logged one
 KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
@@ -2962,6 +2969,7 @@ class Connection:
         self.closes = False  # whether the connection ends with the answer
         self.will_close = False  # at once
         self.last_activity = time.time()
+        self.gathering: Future[None] | None = None  # what `gather` awaits, or awaited
         self.unread = b""  # how much of what was sent, when `is_silent` looked last
 
     # -- what the loop asks and tells --
@@ -2974,7 +2982,9 @@ class Connection:
 
     def handle_read(self) -> None:
         self.last_activity = time.time()
-        if self.request is None or not self.request.splice(self.socket.fileno(), self.server.pipe):
+        if self.request is not None and self.request.splice(self.socket.fileno(), self.server.pipe):
+            self.gather(self.request)
+        else:
             try:
                 data = self.socket.recv(RECEIVE)
             except BlockingIOError:
@@ -3017,6 +3027,8 @@ class Connection:
     def is_silent(self, since: float) -> bool:
         """Whether nothing has moved since then. A client that reads slowly shows in its socket's buffer; as
         writable that is told of only when a good part of it is free."""
+        if self.gathering is not None:
+            self.await_bytes(1)  # the hash may wait for others so long that who trickles would seem silent
         if self.writable() and self.last_activity < since:
             with contextlib.suppress(OSError):  # not on macOS
                 before, self.unread = self.unread, fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
@@ -3026,6 +3038,22 @@ class Connection:
         return bool(self.result or not self.working) and self.last_activity < since
 
     # -- receiving --
+
+    def gather(self, request: Request) -> None:
+        """While the hash is far behind, nothing ends sooner for being received sooner, and few large pieces
+        cost less than many small ones. So the loop is not told of the socket before GATHERED bytes are
+        there, or the client has ended, or the hash is done with what it is at: that always comes, and
+        nobody who sends little waits for longer."""
+        hashing = request.upload.hashing if request.upload and request.remain > GATHERED else None
+        if hashing is not None and hashing is not self.gathering:
+            self.gathering = hashing
+            self.await_bytes(GATHERED)
+            hashing.add_done_callback(lambda _: self.await_bytes(1))  # at once, where it is done
+
+    def await_bytes(self, least: int) -> None:
+        """Also called by a thread that hashes, when the socket may be closed already."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
 
     def go_on(self) -> None:
         """Works on what was received, until somebody has to be waited for."""
@@ -3197,6 +3225,7 @@ class Connection:
         for body in (self.body, self.request and self.request.upload, *left):
             close_body(body)
         self.answered, self.request, self.body, self.file, self.stream = False, None, (), None, None
+        self.gathering = None
 
 
 def log_request(address: str, who: str, line: bytes, answer: str) -> None:

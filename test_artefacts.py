@@ -2384,6 +2384,55 @@ def test_a_connection_lasts_as_long_as_anything_moves(tmp_path: Path) -> None:
             assert connection.send(bytes(900_000)).answer().status == 201
 
 
+STALLED = IMPORT + """
+import os, time
+def stalled(self, until, original=artefacts.Upload._hash):
+    while not os.path.exists(GO):
+        time.sleep(0.01)
+    original(self, until)
+artefacts.Upload._hash = stalled
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="Linux only")
+@pytest.mark.parametrize("then", ["hashed", "silent"])
+def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, then: str) -> None:
+    """And the rest when it is done; what trickles is received then, and before it would count as silence."""
+    go, timeout = tmp_path / "go", "artefacts.waitress.server.Adjustments."
+    code = STALLED.replace("GO", repr(str(go)))
+    if then == "silent":
+        code += f"{timeout}channel_timeout = 2; {timeout}cleanup_interval = 0\n"
+    body = os.urandom(a.HASH_BEHIND + 4 * a.GATHERED + 100_000)
+
+    def received() -> int:
+        return sum(file.stat().st_size for file in (tmp_path / "data/.incoming").iterdir())
+
+    with (
+        Program(tmp_path / "data", "--quiet", code=("-c", code + "artefacts.main()")) as program,
+        program.connect() as connection,
+    ):
+        connection.send(head("PUT", "/artefacts/app/x", f"Content-Length: {len(body)}"))
+        sent = a.HASH_BEHIND
+        connection.send(body[:sent])
+        eventually(lambda: received() == sent)
+        if then == "hashed":
+            connection.send(body[sent : sent + 1000])
+            time.sleep(0.3)
+            assert received() == sent
+            go.touch()
+            eventually(lambda: received() == sent + 1000)
+            sent += 1000
+        else:
+            for _ in range(40):
+                connection.send(body[sent : sent + 1000])
+                sent += 1000
+                time.sleep(0.1)
+                assert program.get("/").status == 303  # so that the server looks who is silent
+            go.touch()
+        assert connection.send(body[sent:]).answer().status == 201
+        assert program.get("/artefacts/app/x").body == body
+
+
 @pytest.mark.parametrize("options", [
     "--nonsense", "--port many", "--port 70000", "--port {port}", "--threads 0", "--keep-versions -1",
     "--keep-versions some", "--max-size 2parsecs", "--max-size -1", "--data {file}", "--data {file}/below",
