@@ -2735,7 +2735,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 LINGER = 30  # seconds
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
 SEND = 512 * 1024  # bytes of a stream taken, and sent, at once: each is a hand-over between threads
-SENT = 64 * 1024  # bytes of a file sent at once: a client reads them while they are in the processor's cache
+SENT = 60 * 1024  # bytes of a file sent at once: see `File.send`
 TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
 PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
 GATHERED = 1024 * 1024  # bytes that are to be in a socket before it is read, while the hash is far behind
@@ -2902,6 +2902,8 @@ class File:
 
     def send(self, to: int) -> int:
         """How much the socket took; OSError, BlockingIOError among them."""
+        # Whole pages, and no more than one packet of the loopback holds (65,483 bytes): 64 KiB would each
+        # time leave 53 for another one, which costs as much, and wakes the client again.
         sent = os.sendfile(to, self.file.fileno(), self.at, min(SENT, self.remain))
         if not sent:
             raise OSError(errno.EIO, "the file was cut short in place")
