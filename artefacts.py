@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
 ALL = sys.maxsize  # keep_versions: every one
 PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memory
-HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them
+HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them; also what it reads at once
 HASH_BEHIND = 4 * HASH_AFTER  # bytes staged and not hashed: from there on, it is the hash that is waited for
 SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
 MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
@@ -443,7 +443,7 @@ class Upload:
         self._hashing: Future[None] | None = None
         self._closed = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends. TooLarge where the limit is passed; OSError as the disk has it."""
         self._check_usable()
         if self.limit is not None and self.size + len(data) > self.limit:
@@ -462,16 +462,6 @@ class Upload:
         """Appends the whole of what is stored already; Damaged where less is there."""
         for piece in content.pieces():
             self.write(piece)
-
-    def write_from(self, pipe: int, size: int) -> None:
-        """Appends `size` bytes, which are in the pipe, to a file that is staged already: the kernel
-        moves them. What it does not move is written; it is that which raises, as `write`."""
-        limited = self.limit is not None and self.size + size > self.limit
-        with contextlib.suppress(OSError):
-            while size and not limited:
-                moved = os.splice(pipe, self._fd, size)
-                size, self.size = size - moved, self.size + moved
-        self.write(os.read(pipe, size))
 
     def read(self, size: int = -1) -> bytes:
         """What was written, from its start on; at most `size` bytes, all the rest where negative."""
@@ -583,7 +573,7 @@ class Upload:
         # From the page cache and not from a queue: however far the hash lags behind a fast
         # sender, it holds no memory and never makes the receiving thread wait.
         while self._hashed < until and not self._closed:
-            piece = os.pread(self._fd, min(PIECE, until - self._hashed), self._hashed)
+            piece = os.pread(self._fd, min(HASH_AFTER, until - self._hashed), self._hashed)
             if not piece:
                 raise Damaged("The staged file became shorter. Push the artefact again.")
             self._sha256.update(piece)
@@ -1314,7 +1304,7 @@ def _is_same(current: Content, upload: Upload, staged: Artefact, twin: tuple[int
     return _identity(current.status) == twin or upload.equals(current)
 
 
-def _write(fd: int, data: bytes | bytearray) -> None:
+def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -2726,18 +2716,18 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   comes before the body, from the code that would refuse it after; and what can be answered at once
 #   is, without a hand-over between threads.
 # - A body is received into an `Upload`: written once, beside the data, and hashed meanwhile, so that
-#   the commit is a rename. Of a large one, the kernel moves the bytes from the socket to the file
-#   (splice); a file is sent by the kernel, from its cache to the socket (sendfile).
+#   the commit is a rename. A large one comes in large pieces, all through one buffer; a file is sent by
+#   the kernel, from its cache to the socket (sendfile).
 # - A connection stays open after 204, 304 and chunked answers, which end by themselves.
 # - One that ends reads on for LINGER seconds: closed at once it would be reset, and the client might
 #   lose the answer (RFC 9112 §9.6).
 
 LINGER = 30  # seconds
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
+BUFFER = 4 * 1024 * 1024  # bytes asked of it where they are all of one body: few large writes cost the least
 SEND = 512 * 1024  # bytes of a stream taken, and sent, at once: each is a hand-over between threads
 SENT = 60 * 1024  # bytes of a file sent at once: see `File.send`
-TURN = 8 * 1024 * 1024  # bytes sent to one client, or moved from it, before the others have their turn
-PIPE = 1024 * 1024  # bytes moved at once from a socket to a file
+TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
 GATHERED = 1024 * 1024  # bytes that are to be in a socket before it is read, while the hash is far behind
 MAX_HEADER, MAX_BODY = 64 * 1024, 10**18  # bytes
 MAX_LINE = 4096  # bytes of a line between chunks, of all lines behind them, of a logged one
@@ -2847,40 +2837,24 @@ class Request:
         """Whether no more is to be received: it is complete, or what came cannot be kept."""
         return self.complete or (self.upload is not None and self.upload.fault is not None)
 
-    def receive(self, data: bytes) -> int:
+    def receive(self, data: bytes | memoryview) -> int:
         """Takes what is its own of the data: so many bytes. Unreadable."""
+        content: bytes | memoryview
         if self.chunks is not None:
-            content, taken = self.chunks.take(data)
+            content, taken = self.chunks.take(bytes(data))
         else:
             content, taken = data[: self.remain], min(len(data), self.remain)
             self.remain -= taken
-        self._keep(Upload.write, content)
+        self._keep(content)
         if self.complete and self.upload is not None:
             self.environ["CONTENT_LENGTH"] = str(self.upload.size)
         return taken
 
-    def splice(self, source: int, pipe: tuple[int, int] | None) -> bool:
-        """Moves what has arrived of a large body from a socket into its file, past this process; whether
-        there was any. The connection's end, and errors, are left to `recv`."""
-        moved = 0
-        if pipe is None or self.upload is None or not self.upload.staged:
-            return False
-        with contextlib.suppress(OSError):
-            if fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)) != bytes(4):
-                return False  # it was left by what failed unforeseen, and may not get into another upload
-            while self.remain and moved < TURN and not self.over:
-                size = os.splice(source, pipe[1], min(PIPE, self.remain), flags=os.SPLICE_F_NONBLOCK)
-                if not size:
-                    break
-                self._keep(Upload.write_from, pipe[0], size)
-                moved, self.remain = moved + size, self.remain - size
-        return moved > 0
-
-    def _keep(self, write: Callable[..., None], *args: Any) -> None:
+    def _keep(self, content: bytes | memoryview) -> None:
         """A fault waits in the upload for the application."""
         if self.upload is not None and self.upload.fault is None:
             try:
-                write(self.upload, *args)
+                self.upload.write(content)
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
 
@@ -2985,19 +2959,21 @@ class Connection:
 
     def handle_read(self) -> None:
         self.last_activity = time.time()
-        if self.request is not None and self.request.splice(self.socket.fileno(), self.server.pipe):
-            self.gather(self.request)
-        else:
-            try:
-                data = self.socket.recv(RECEIVE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data or 0 < self.lingering < time.time():
-                self.handle_close()
-            elif not self.lingering:
-                self.received += data
+        body = self.request if self.request is not None and self.request.remain else None
+        data = self.server.buffer[: RECEIVE if body is None else body.remain]
+        try:
+            data = data[: self.socket.recv_into(data)]
+        except BlockingIOError:
+            return
+        except OSError:
+            data = data[:0]
+        if not data or 0 < self.lingering < time.time():
+            self.handle_close()
+        elif body is not None:
+            body.receive(data)
+            self.gather(body)
+        elif not self.lingering:
+            self.received += data
         self.go_on()
 
     def handle_write(self) -> None:
@@ -3018,8 +2994,8 @@ class Connection:
         if self.lingering and self.connected:
             # The client may have ended what it sends before all of it was read here (POLLHUP).
             with contextlib.suppress(OSError):
-                for _ in range(TURN // PIECE):
-                    self.socket.recv(PIECE)
+                for _ in range(TURN // BUFFER):
+                    self.socket.recv_into(self.server.buffer)
         self.release()
         self.close()
 
@@ -3301,10 +3277,7 @@ class Server(waitress.server.TcpWSGIServer):
 
     def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
         self.repository, self.quiet = repository, quiet
-        self.pipe = os.pipe() if hasattr(os, "splice") else None  # what comes into it is taken out at once
-        if self.pipe is not None:
-            with contextlib.suppress(OSError):  # a user may have so much in pipes; a smaller one does, too
-                fcntl.fcntl(self.pipe[0], fcntl.F_SETPIPE_SZ, PIPE)
+        self.buffer = memoryview(bytearray(BUFFER))  # the loop's: what is received is taken out at once
         super().__init__(app, **options)
 
     def maintenance(self, now: float) -> None:
