@@ -2838,25 +2838,22 @@ class Request:
         return self.complete or (self.upload is not None and self.upload.fault is not None)
 
     def receive(self, data: bytes | memoryview) -> int:
-        """Takes what is its own of the data: so many bytes. Unreadable."""
+        """Takes what is its own of the data: so many bytes. Unreadable. What keeps it from being stored waits
+        in the upload for the application."""
         content: bytes | memoryview
         if self.chunks is not None:
             content, taken = self.chunks.take(bytes(data))
         else:
             content, taken = data[: self.remain], min(len(data), self.remain)
             self.remain -= taken
-        self._keep(content)
-        if self.complete and self.upload is not None:
-            self.environ["CONTENT_LENGTH"] = str(self.upload.size)
-        return taken
-
-    def _keep(self, content: bytes | memoryview) -> None:
-        """A fault waits in the upload for the application."""
-        if self.upload is not None and self.upload.fault is None:
+        if self.upload is not None:
             try:
                 self.upload.write(content)
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
+            if self.complete:
+                self.environ["CONTENT_LENGTH"] = str(self.upload.size)
+        return taken
 
 
 class File:
