@@ -1729,6 +1729,20 @@ def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path
         assert program.get("/artefacts/app").status == 200
 
 
+def test_large_uploads_that_arrive_at_once_are_kept_apart(program: Program) -> None:
+    """They come through one buffer: of neither a piece may be kept there."""
+    bodies = {f"/artefacts/app/{name}": os.urandom(1_500_000) for name in "abc"}
+    with contextlib.ExitStack() as connections:
+        clients = {path: connections.enter_context(program.connect()) for path in bodies}
+        for path, client in clients.items():
+            client.send(head("PUT", path, f"Content-Length: {len(bodies[path])}"))
+        for start in range(0, 1_500_000, 100_000):  # the first two stay in memory
+            for path, client in clients.items():
+                client.send(bodies[path][start : start + 100_000])
+        assert [client.answer().status for client in clients.values()] == [201, 201, 201]
+    assert {path: program.get(path).body for path in bodies} == bodies
+
+
 def test_what_a_fault_left_in_the_buffer_gets_into_no_other_upload(tmp_path: Path) -> None:
     code = IMPORT + """
 def fail(self, data, original=artefacts.Upload.write):
@@ -2370,7 +2384,7 @@ artefacts.Upload._hash = stalled
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SO_RCVLOWAT is heeded by Linux's poll only")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("then", ["hashed", "silent"])
 def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, then: str) -> None:
     """And the rest when it is done; what trickles is received then, and before it would count as silence."""
