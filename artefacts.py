@@ -293,7 +293,7 @@ NO_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what the opening of a lin
 NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
 
 
-def looking_again(look: Callable[P, T]) -> Callable[P, T]:
+def retry_on_estale(look: Callable[P, T]) -> Callable[P, T]:
     """Calls it again where it finds a stale handle: what another host of a shared file system (NFS,
     GlusterFS) replaced between the lookup of its name and its use has to be looked up anew."""
 
@@ -323,7 +323,7 @@ class Descriptor:
             fd, self.fd = self.fd, -1
             os.close(fd)
 
-    def kept(self) -> Descriptor:
+    def detach(self) -> Descriptor:
         """The same for somebody else, who closes it; this one no longer does."""
         fd, self.fd = self.fd, -1
         return Descriptor(fd)
@@ -873,7 +873,7 @@ class Repository:
             lock = Descriptor(os.open(directory, LOCK, 0o666, dir_fd=locks))
         with lock as fd:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock.kept()
+            return lock.detach()
 
     def _twin(self, upload: Upload, staged: Artefact, segments: Sequence[str]) -> tuple[int, ...] | None:
         """The identity of what is current, if that has the bytes of the upload."""
@@ -949,7 +949,7 @@ class Repository:
             copy.link(kept, version.version)
         return True
 
-    @looking_again
+    @retry_on_estale
     def _marked(self, directory: str, segments: Sequence[str]) -> int:
         """The time (µs) of the newest version, -1 if none was kept. It is the folder's own time, so
         that it is known without reading thousands of names."""
@@ -959,7 +959,7 @@ class Repository:
         except (FileNotFoundError, NotADirectoryError):
             return -1
 
-    @looking_again
+    @retry_on_estale
     def _is_versioned(self, directory: str, segments: Sequence[str]) -> bool:
         """Whether there are earlier versions of it, or what is replaced now becomes one."""
         if self.keeps(directory):
@@ -970,7 +970,7 @@ class Repository:
             return False
         return bool(self._kept(directory, segments))
 
-    @looking_again
+    @retry_on_estale
     def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
         """The names of the kept versions, oldest first."""
         try:
@@ -1041,7 +1041,7 @@ class Repository:
         """A name that no other thread, process or host has for what it stages."""
         return f"{self._token}-{os.getpid()}-{next(self._staged)}"
 
-    @looking_again
+    @retry_on_estale
     def _open_directory(self, directory: str) -> int:
         check_segment(directory, "directory")
         try:
@@ -1087,7 +1087,7 @@ class Repository:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with (folder := there or Descriptor(self._open_folder(*names))) as fd:
                 if not self.durable or _folder_identity(fd) in self._durable_folders:
-                    return folder.kept()
+                    return folder.detach()
         folder = Descriptor(os.open(self.root, FOLDER))
         for name in names:
             with folder as parent:
@@ -1109,7 +1109,7 @@ class Repository:
             if made or identity not in self._durable_folders:
                 self.sync(parent)
                 self._durable_folders.keep(identity, None)
-            return folder.kept()
+            return folder.detach()
 
     def _look(self, directory: str, path: Sequence[str], id: str = "",
               time: int | None = None) -> Content | None:
@@ -1120,7 +1120,7 @@ class Repository:
             folder.close()
         return content
 
-    @looking_again
+    @retry_on_estale
     def _look_into(self, directory: str, path: Sequence[str], id: str = "",
                    time: int | None = None) -> tuple[Descriptor | None, Content | None]:
         """As `_look`, and the folder that the file is in."""
@@ -1128,7 +1128,7 @@ class Repository:
         try:
             with (folder := Descriptor(self._open_folder(directory, *path[:-1]))) as fd:
                 content = self._open(fd, path[-1], directory, id, time)
-                return folder.kept(), content
+                return folder.detach(), content
         except FileNotFoundError:
             return None, None
         except OSError as error:
@@ -1251,7 +1251,7 @@ class Repository:
         known = self._known.get(_identity(status))
         return known if known is not None and known.is_named(directory, id) else None
 
-    @looking_again
+    @retry_on_estale
     def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
         """An artefact by its name in an open folder; None where it is gone, or something else. One that
         may not be read has what its name and its folder tell."""
@@ -1610,24 +1610,24 @@ _json = json.encoder.encode_basestring_ascii
 # == Resources ====================================================================================
 
 # In the environ of a first look (see "Connections"): whether the body is there; and who may take a while
-FIRST_LOOK, BY_WORKER = "artefacts.first_look", "artefacts.by_worker"
+HEADERS_ONLY, ON_WORKER = "artefacts.headers_only", "artefacts.on_worker"
 
 
-class Later(falcon.HTTPStatus):
+class NeedsBody(falcon.HTTPStatus):
     """At a first look there is nothing to object to, and the answer needs the body, or a while (100); or
     what may be objected to takes a while itself, and so a worker (102)."""
 
 
-def end_first_look(req: falcon.Request) -> None:
+def require_body(req: falcon.Request) -> None:
     """What follows reads the body, waits for a lock or the disk, or writes."""
-    if FIRST_LOOK in req.env:
-        raise Later(falcon.HTTP_100)
+    if HEADERS_ONLY in req.env:
+        raise NeedsBody(falcon.HTTP_100)
 
 
 def digested(req: falcon.Request, content: Content) -> Artefact:
     """What is known of it with its digest, be it that all of it has to be read."""
-    if content.artefact.sha256 is None and FIRST_LOOK in req.env and not req.env[BY_WORKER]:
-        raise Later(falcon.HTTP_102)
+    if content.artefact.sha256 is None and HEADERS_ONLY in req.env and not req.env[ON_WORKER]:
+        raise NeedsBody(falcon.HTTP_102)
     return content.digested()
 
 
@@ -1651,7 +1651,7 @@ class Resource:
             raise InvalidRequest("A digest is checked of an artefact, not of a form. PUT the file itself.")
         check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
-        end_first_look(req)
+        require_body(req)
         body = req.env["wsgi.input"]
         if isinstance(body, Upload):
             body.verify(length, None)
@@ -1723,7 +1723,7 @@ class Directories(Resource):
     """`/artefacts/`"""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        end_first_look(req)
+        require_body(req)
         who, base = req.env["artefacts.who"], base_of(req)
         names = [name for name in self.repository.directories() if who.may("read", name)]
         resp.set_header("Vary", "Accept")
@@ -1740,7 +1740,7 @@ class Directory(Resource):
     """`/artefacts/<directory>`"""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
-        end_first_look(req)
+        require_body(req)
         format = format_of(req)
         limit = whole_number(req.get_param("limit"))
         listing = self.repository.artefacts(
@@ -1778,7 +1778,7 @@ class Directory(Resource):
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
         self.check_erasable(directory)
-        end_first_look(req)
+        require_body(req)
         self.repository.delete_directory(directory)
         resp.status = falcon.HTTP_204
 
@@ -1793,7 +1793,7 @@ class ArtefactResource(Resource):
                 self._list_versions(req, resp, directory, id)
                 return
             if req.has_param("at"):
-                end_first_look(req)
+                require_body(req)
                 version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
             elif req.has_param("version"):
                 version, caching = req.get_param("version"), "max-age=31536000, immutable"
@@ -1803,7 +1803,7 @@ class ArtefactResource(Resource):
     on_head = on_get
 
     def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        end_first_look(req)
+        require_body(req)
         versions, base = self.repository.versions(directory, id), base_of(req)
         resp.set_header("Vary", "Accept")
         if format_of(req) == "html":
@@ -1853,7 +1853,7 @@ class ArtefactResource(Resource):
         if req.has_param("restore"):
             if isinstance(req.env["wsgi.input"], Upload):
                 req.env["wsgi.input"].limit = PIECE  # whoever sends a body, it is not looked at
-            end_first_look(req)
+            require_body(req)
             version, check = req.get_param("restore") or "", self._check(req, directory, id)
             restored, _ = self.repository.restore(directory, id, version, check=check)
             if format_of(req) == "html":  # likewise
@@ -1866,7 +1866,7 @@ class ArtefactResource(Resource):
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         self.check_erasable(directory)
-        end_first_look(req)
+        require_body(req)
         check = preconditions(req)
         if req.has_param("versions"):
             self.repository.erase_all(directory, id, check=check)
@@ -1895,11 +1895,11 @@ class ArtefactResource(Resource):
         received = isinstance(body, Upload)  # by the part on waitress
         if received:
             body.limit = limit
-        if not received or req.env.get(FIRST_LOOK) is False:
+        if not received or req.env.get(HEADERS_ONLY) is False:
             self.repository.admit(directory, id, length or 0, check)
-        at_once = received and req.env.get(FIRST_LOOK) is True and not self.repository.durable
+        at_once = received and req.env.get(HEADERS_ONLY) is True and not self.repository.durable
         if not at_once:
-            end_first_look(req)
+            require_body(req)
         with contextlib.nullcontext(body) if received else self.repository.stage(limit) as upload:
             if not received:
                 receive(req, length, upload)
@@ -1910,7 +1910,7 @@ class ArtefactResource(Resource):
             except BlockingIOError:  # of the lock; of a file, another program's lease of it
                 if not at_once:
                     raise
-                raise Later(falcon.HTTP_100) from None
+                raise NeedsBody(falcon.HTTP_100) from None
         artefact, created = stored
         self._tell_stored(req, resp, artefact, created)
 
@@ -2711,7 +2711,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   leaves what it got: nothing is locked here, and no thread waits for a client. A connection has one
 #   request under way at a time; what is sent behind it (pipelining) waits.
 # - A first look: as soon as a request's header is there, the application is called with
-#   FIRST_LOOK in its environ. It answers 100 where it needs the body, a lock, or a while; 102 where
+#   HEADERS_ONLY in its environ. It answers 100 where it needs the body, a lock, or a while; 102 where
 #   the look itself takes a while, so that a worker takes it; any other answer is final. So a refusal
 #   comes before the body, from the code that would refuse it after; and what can be answered at once
 #   is, without a hand-over between threads.
@@ -3077,7 +3077,7 @@ class Connection:
 
     def look(self, request: Request) -> Answer:
         """The application's first look at it."""
-        more = {FIRST_LOOK: request.over, BY_WORKER: self.working}
+        more = {HEADERS_ONLY: request.over, ON_WORKER: self.working}
         return ask(self.server.application, request.environ | more)
 
     def admit(self, request: Request, answer: Answer) -> None:
