@@ -3,31 +3,46 @@
 
     python artefacts.py                               serves data/ at http://127.0.0.1:8080/
     curl -T app.zip http://127.0.0.1:8080/artefacts/nightly/
-    create_app("data")                                the same, as a WSGI application
+    create_app("data")                                the same as a WSGI application
 
-URLs (`/artefact/` serves as well as `/artefacts/`, with or without a trailing slash):
+URLs (`/artefact/` is the same as `/artefacts/`, with or without a trailing slash):
 
     /artefacts/                   GET   the directories
     /artefacts/<directory>        GET   its artefacts    POST  a form    DELETE  all of it
     /artefacts/<directory>/<id>   GET   PUT   POST   DELETE   one artefact,
         ?versions ?version=V ?at=TIME ?restore=V              and its earlier versions
 
-On disk (nothing else is state; no database, no index):
+On disk (all state is here: there is no database and no index):
 
     data/<directory>/<id>                        an artefact: its current bytes
     data/<directory>/.versions/<id>/<version>    an earlier version
-    data/.incoming/  .locks/  .trash/            on the way in; a lock a directory; on the way out
+    data/.incoming/  .locks/  .trash/            staging files; one lock a directory; what is being deleted
 
-The commit (`Repository.push`), which is what the rest is there for:
+The commit (`Repository.push`):
 
-    1. stream into .incoming/, hashing; check; stamp time and attributes; fsync
-    2. take the directory's lock (flock: the file system arbitrates between processes and hosts)
-    3. decide the preconditions on what is there now
-    4. make missing folders durable; hard-link the current file to its version's name; fsync
-    5. rename the staged file over the name; release the lock; fsync the folder; only then answer
+    1. Stream the body into .incoming/, hashing it. Check it, set its time and attributes, fsync.
+    2. Take the directory's lock (flock, so that processes and hosts exclude each other).
+    3. Check the preconditions against the current state.
+    4. Make missing folders durable. Hard-link the current file under its version name, fsync.
+    5. Rename the staging file over the name. Release the lock, fsync the folder, and answer.
 
-The parts, each using only what stands above it: values and errors; `Repository` (no HTTP); HTTP
-semantics as pure functions; resources; errors; `create_app`; connections; waitress; `main`.
+The parts, each using only the parts above it:
+
+    Values           constants, names, times, types, the artefact, and the errors of the storage.
+    Files            open, make durable, list, lock and remove folders and files, by descriptor.
+    Metadata         keeps type and digest in extended attributes, with a cache in memory.
+    Uploads          stage a body in .incoming/ and hash it.
+    Versions         name, keep and drop the earlier versions of one artefact.
+    Reading          finds and opens artefacts and versions. It takes no lock.
+    The repository   commits: every change, under a lock. It knows nothing of HTTP.
+    HTTP semantics   decides on header text and validators, in pure functions.
+    Resources        parse a request, call the repository, render the response.
+    The page         renders listings for people.
+    Errors           turn exceptions into responses, by one table.
+    Access           decides who may do what, by tokens and rules.
+    The application  puts these together: `create_app`.
+    Connections      serve it over HTTP/1.1 on waitress's loop, threads and parser.
+    The program      reads options, and runs until it is stopped: `main`.
 """
 
 from __future__ import annotations
@@ -80,21 +95,22 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
     from falcon.media.multipart import BodyPart
 
-# == Values and errors ============================================================================
+# == Values =======================================================================================
 
 INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
-ALL = sys.maxsize  # keep_versions: every one
-PIECE = 256 * 1024  # bytes moved at once; also what an upload may hold in memory
-HASH_AFTER = 1024 * 1024  # bytes staged before a hashing thread is woken for them; also what it reads at once
-HASH_BEHIND = 4 * HASH_AFTER  # bytes staged and not hashed: from there on, it is the hash that is waited for
-SWEEP_AFTER = 24 * 3600  # seconds after which what lies in .incoming and .trash is nobody's
-MAX_ID = 1024  # bytes: below a data directory of any name, a path stays below PATH_MAX
-SMALL = 64 * 1024  # bytes: an artefact that is not longer is read whole, and its bytes are remembered
-KNOWN = 32_768  # artefacts of which is remembered what is known of them, some 20 MB
-MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are remembered
-SCANS = 5  # times that a folder is read which changes meanwhile
-STALE = 20  # times that a name is looked up again, should its file be another one each time
-TICK = 20_000_000  # ns: the clock of a file's times is no coarser
+ALL = sys.maxsize  # keep_versions: every version
+PIECE = 256 * 1024  # bytes read or copied at once
+HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
+HASH_BEHIND = 4 * HASH_INLINE  # bytes staged and not hashed: from here on the hash limits the upload
+SWEEP_AFTER = 24 * 3600  # seconds: older files in .incoming and .trash were left by a crash
+MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
+SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
+KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: some 20 MB
+MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
+OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
+SCANS = 5  # times that a folder is read if it changes meanwhile
+ESTALE_RETRIES = 20  # lookups of a name that another host keeps replacing
+TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
@@ -103,146 +119,127 @@ MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:[ \t]*;[\x20
 log = logging.getLogger("artefacts")
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 MICROSECOND = datetime.timedelta(microseconds=1)
-LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, beyond which no date is written
+LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
-# The interpreter's own table, not the machine's: a type must not depend on where we run. What is
-# compressed is sent as what it is, never with a Content-Encoding.
+# The interpreter's table, not the machine's: a type must not depend on where the program runs.
+# Compressed files have the type of the compressed format, and never a Content-Encoding.
 TYPES = mimetypes.MimeTypes().types_map[True] | {
     ".gz": "application/gzip", ".tgz": "application/gzip", ".bz2": "application/x-bzip2",
     ".xz": "application/x-xz", ".zst": "application/zstd", ".br": "application/x-brotli",
     ".whl": "application/zip", ".jar": "application/java-archive", ".log": "text/plain",
     ".deb": "application/vnd.debian.binary-package", ".toml": "application/toml",
     ".yaml": "application/yaml", ".yml": "application/yaml",
-}
-SAYS_NOTHING = ("application/octet-stream", "application/x-www-form-urlencoded", "multipart/form-data")
+}  # fmt: skip
+UNSPECIFIC_TYPES = ("application/octet-stream", falcon.MEDIA_URLENCODED, falcon.MEDIA_MULTIPART)
+
+K = TypeVar("K")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ArtefactsError(Exception):
-    """What is refused or cannot be done. `detail` tells the person what to do; `headers` go with it."""
+    """Base of all errors of the storage. `detail` tells the person what happened and what to do."""
 
-    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, detail: str, headers: Any = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.headers = headers
 
 
 class InvalidName(ArtefactsError):
-    """A name breaks one of the rules; the detail says which."""
-
-
-class InvalidRequest(ArtefactsError):
-    """The request contradicts itself or cannot be understood."""
-
-
-class Unreadable(ArtefactsError):
-    """What was received is no request, or none that can be told from what follows it."""
-
-
-class HeaderTooLarge(ArtefactsError):
-    """A request's header is longer than is read."""
-
-
-class Unimplemented(ArtefactsError):
-    """A transfer coding that nobody knows here."""
+    """A name breaks a rule. The detail says which one."""
 
 
 class Mismatch(ArtefactsError):
-    """What arrived is not what was announced: its length or its digest differs."""
+    """The bytes that arrived have another length or digest than announced."""
 
 
 class NotFound(ArtefactsError):
-    """No such directory, artefact or version."""
+    """The directory, artefact or version does not exist."""
 
 
 class Conflict(ArtefactsError):
-    """Something that is there already stands in the way."""
+    """Something that exists prevents the change. `code`: "exists", "in_the_way" or "write_once"."""
+
+    def __init__(self, detail: str, code: str = "in_the_way") -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 class PreconditionFailed(ArtefactsError):
-    """The current state is not the one that the client said it expected."""
+    """The current state is not the one that the writer expected."""
 
 
 class TooLarge(ArtefactsError):
-    """More bytes than the limit admits."""
-
-
-class Unsupported(ArtefactsError):
-    """Content in a form that cannot be stored as an artefact."""
-
-
-class UnsatisfiableRange(ArtefactsError):
-    """A byte range that begins behind the end."""
+    """The bytes exceed the limit."""
 
 
 class OutOfSpace(ArtefactsError):
-    """The disk has less room than is needed."""
+    """The file system has less space than is needed."""
 
 
 class Unavailable(ArtefactsError):
-    """The data directory is not there."""
-
-
-class Unauthenticated(ArtefactsError):
-    """Nobody known asks, for what only somebody known may have."""
-
-
-class Forbidden(ArtefactsError):
-    """Who asks may not have or do this."""
+    """The data directory does not exist."""
 
 
 class Damaged(ArtefactsError):
-    """The bytes on disk are no longer those that were stored."""
+    """The bytes on disk are not the bytes that were stored."""
 
 
 @functools.lru_cache(4096)
 def _second(seconds: int) -> tuple[str, str]:
-    """Seconds since the epoch, as a version begins and as RFC 3339 begins."""
+    """Return a second since the epoch as versions write it, and as RFC 3339 writes it."""
     at = EPOCH + datetime.timedelta(seconds=seconds)
     return at.strftime("%Y%m%dT%H%M%S"), at.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """What is known of one stored file. `sha256` is None where it is not known yet."""
+    """What is known about one stored file."""
 
     directory: str
     id: str
     size: int  # bytes
     time: int  # µs since the epoch: when it was stored
-    type: str
-    sha256: str | None  # hex
+    type: str  # the media type
+    sha256: str | None  # hex; None: not known yet
 
     def is_named(self, directory: str, id: str) -> bool:
         return self.id == id and self.directory == directory
 
     @property
     def version(self) -> str:
-        """The instant at which it was stored, `20261123T014455.123456Z`; sorts by time."""
+        """Return the name of the version, `20261123T014455.123456Z`. Names sort by time."""
         return f"{_second(self.time // 1_000_000)[0]}.{self.time % 1_000_000:06d}Z"
 
     @property
     def modified(self) -> str:
-        """The same instant as RFC 3339 writes it, UTC."""
+        """Return the same time in the format of RFC 3339, in UTC."""
         return f"{_second(self.time // 1_000_000)[1]}.{self.time % 1_000_000:06d}Z"
 
 
 def version_time(version: str) -> int:
-    """The µs since the epoch that a version's name stands for; NotFound where it is none."""
+    """Return the µs since the epoch that a version is named after. NotFound: it is not a version."""
     with contextlib.suppress(ValueError):
         if VERSION.fullmatch(version):
             return (datetime.datetime.fromisoformat(version) - EPOCH) // MICROSECOND
-    raise NotFound(f"'{version}' is not a version; ?versions lists them.")
+    raise NotFound(f"'{version}' is not a version. ?versions lists them.")
 
 
-def _is_version(name: str) -> bool:
+def is_version(name: str) -> bool:
     try:
         return version_time(name) >= 0
     except NotFound:
         return False
 
 
+def current_time() -> int:
+    """Return the wall-clock time in µs since the epoch."""
+    return min(time.time_ns() // 1000, LAST_TIME - 1)
+
+
 def check_segment(name: str, what: str) -> str:
-    """The name, if it may be used; InvalidName names the rule that it breaks."""
+    """Return the name if it is valid. InvalidName: it breaks a rule; `what` it names is in the detail."""
     if SEGMENT.fullmatch(name) and (len(name) < 64 or len(name.encode()) <= 255):
         return name
     rules = {
@@ -253,13 +250,13 @@ def check_segment(name: str, what: str) -> str:
         r".*[/\\].*": "has a slash or a backslash",
         r".*": "is longer than 255 bytes",
     }
-    broken = next(told for rule, told in rules.items() if re.fullmatch(rule, name, re.S))
+    broken = next(message for rule, message in rules.items() if re.fullmatch(rule, name, re.S))
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
 @functools.lru_cache(1024)
 def check_names(directory: str, id: str) -> tuple[str, ...]:
-    """The segments of the id; InvalidName where one breaks a rule, or all are too long together."""
+    """Return the segments of the id. InvalidName: a name breaks a rule, or the id is too long."""
     check_segment(directory, "directory")
     if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
         raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
@@ -268,50 +265,41 @@ def check_names(directory: str, id: str) -> tuple[str, ...]:
 
 @functools.lru_cache(1024)
 def type_of(id: str, announced: str | None = None) -> str:
-    """The media type to store: the client's where it says something, else the name's."""
+    """Return the media type to store: the client's if it is specific, else the type of the name."""
     if announced and MEDIA_TYPE.fullmatch(announced := announced.strip()):
-        if announced.partition(";")[0].rstrip().lower() not in SAYS_NOTHING:
+        if announced.partition(";")[0].rstrip().lower() not in UNSPECIFIC_TYPES:
             return announced
     return TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
 
 
-# == The repository ===============================================================================
-
-P = ParamSpec("P")
-K = TypeVar("K")
-T = TypeVar("T")
+# == Files: folders and files below the data directory, by descriptor =============================
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block us
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block the reader
 STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's
-DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>": of what it was computed
-HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
-NO_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # what the opening of a link or a socket says
-# What a file system says that has no attributes, or none for us; the memory takes their place.
-NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
+NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
+MISSING = (FileNotFoundError, NotADirectoryError)
 
 
-def retry_on_estale(look: Callable[P, T]) -> Callable[P, T]:
-    """Calls it again where it finds a stale handle: what another host of a shared file system (NFS,
-    GlusterFS) replaced between the lookup of its name and its use has to be looked up anew."""
+def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
+    """Retry on ESTALE: on NFS and GlusterFS another host may replace a file between lookup and use."""
 
-    @functools.wraps(look)
-    def again(*args: P.args, **kwargs: P.kwargs) -> T:
-        for _ in range(STALE):
+    @functools.wraps(look_up)
+    def retry(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ESTALE_RETRIES):
             try:
-                return look(*args, **kwargs)
+                return look_up(*args, **kwargs)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-        return look(*args, **kwargs)
+        return look_up(*args, **kwargs)
 
-    return again
+    return retry
 
 
 class Descriptor:
-    """Closes a file descriptor at the end of a `with`, or before."""
+    """A file descriptor. Closed at the end of a `with` block, by `close()`, or with the last reference."""
 
     __slots__ = ("fd",)
 
@@ -320,13 +308,12 @@ class Descriptor:
 
     def close(self) -> None:
         if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+            os.close(self.release())
 
-    def detach(self) -> Descriptor:
-        """The same for somebody else, who closes it; this one no longer does."""
+    def release(self) -> int:
+        """Return the descriptor, which the caller closes. This object is then empty."""
         fd, self.fd = self.fd, -1
-        return Descriptor(fd)
+        return fd
 
     def __enter__(self) -> int:
         return self.fd
@@ -334,735 +321,52 @@ class Descriptor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    __del__ = close
+
 
 class Bounded(dict[K, T]):
-    """What is remembered: when it would cost more than `limit`, all is forgotten, and it begins anew."""
+    """A cache with a limit on total cost. When the limit is exceeded, the whole cache is cleared."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
-        self.limit = self.left = limit
+        self.limit = self.free = limit
 
     def keep(self, key: K, value: T, cost: int = 1) -> None:
-        """Unless it costs too much all alone."""
-        if cost > self.left:
+        """Add an entry, unless it alone exceeds the limit."""
+        if cost > self.free:
             self.clear()
-            self.left = self.limit
-        if cost <= self.left:
-            self.left -= cost
+            self.free = self.limit
+        if cost <= self.free:
+            self.free -= cost
             self[key] = value
 
 
-class Content:
-    """One open file, which stays what it is whatever happens to its name, and what is known of it.
-    Whoever receives one closes it (or uses `with`)."""
+class Files:
+    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
 
-    def __init__(self, repository: Repository, artefact: Artefact, fd: int, status: os.stat_result,
-                 whole: bytes | None = None) -> None:
-        self.artefact = artefact  # what is known without reading it: the digest may be None
-        self._repository, self._fd, self.status = repository, fd, status
-        self._whole = whole
+    A folder's path is a sequence of names below the root, a file is a name in an open folder."""
 
-    def is_stamped(self) -> bool:
-        """Whether a digest was ever stored with the file, be it of other bytes."""
-        return bool(_attribute(self._fd, DIGEST_ATTRIBUTE))
-
-    def digested(self, anew: bool = False) -> Artefact:
-        """The same with the digest, computed (the whole file read) where it is not known, and then
-        remembered. `anew`: computed in any case; a known one is not replaced."""
-        artefact = self.artefact
-        if anew and artefact.sha256 is not None:
-            return replace(artefact, sha256=_sha256(self._fd))
-        if artefact.sha256 is None:
-            # A change within one tick of the file system's clock would bear the same time.
-            time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            self.artefact = artefact = replace(artefact, sha256=_sha256(self._fd))
-            self._repository.remember(self._fd, artefact, self.status)
-        return artefact
-
-    def read(self, start: int, length: int) -> bytes:
-        """At most `length` bytes from byte `start` on."""
-        return os.pread(self._fd, length, start)
-
-    def whole(self) -> bytes:
-        """All of a SMALL one, which is remembered; Damaged where less is there."""
-        if self._whole is None:
-            self._whole = b"".join(self.pieces())
-            self._repository.keep_in_memory(self.artefact, self.status, self._whole)
-        return self._whole
-
-    def pieces(self) -> Iterator[bytes]:
-        """The whole; Damaged where less is there."""
-        for start in range(0, size := self.artefact.size, PIECE):
-            piece = self.read(start, length := min(PIECE, size - start))
-            if len(piece) != length:
-                raise Damaged(f"'{self.artefact.id}' became shorter while it was read. Fetch it again.")
-            yield piece
-
-    def sync(self) -> None:
-        self._repository.sync(self._fd)
-
-    def detach(self) -> io.FileIO:
-        """The file as an object of its own, which its receiver closes; this one is then closed."""
-        fd, self._fd = self._fd, -1
-        return io.FileIO(fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-Check = Callable[[Content | None], None]  # of what is current, before it changes; raises to refuse
-
-
-def no_check(current: Content | None) -> None:
-    """Of an unconditional write: whatever is there now will do."""
-
-
-class Upload:
-    """Bytes on their way in: in memory while they are few, then in a named file of `.incoming/`
-    (btrfs before Linux 6.15.3 does not sync files without a name), hashed behind the writer's
-    back. It is pushed once, and of no use afterwards (ValueError). Whoever asked for it closes it;
-    closing discards what was not pushed."""
-
-    def __init__(self, repository: Repository, limit: int | None = None) -> None:
-        self.size = 0  # bytes
-        self.limit = limit  # bytes
-        self.fault: Exception | None = None  # raised by `verify`: set where `write` cannot raise
-        self.sealed = False  # whether the staged file is complete and durable
-        self._repository = repository
-        self._memory, self._read = bytearray(), 0
-        self._fd, self._name, self._incoming = -1, "", Descriptor(-1)
-        self._sha256, self._hashed = hashlib.sha256(), 0
-        self._hashing: Future[None] | None = None
-        self._closed = False
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends. TooLarge where the limit is passed; OSError as the disk has it."""
-        self._check_usable()
-        if self.limit is not None and self.size + len(data) > self.limit:
-            raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
-        if self._fd < 0 and self.size + len(data) <= PIECE:
-            self._memory += data
-        else:
-            self._spill()
-            _write(self._fd, data)
-        self.size += len(data)
-        if self._fd >= 0 and self.size - self._hashed >= HASH_AFTER:
-            if self._hashing is None or self._hashing.done():
-                self._hashing = self._repository.hashers().submit(self._hash, self.size)
-
-    def write_all(self, content: Content) -> None:
-        """Appends the whole of what is stored already; Damaged where less is there."""
-        for piece in content.pieces():
-            self.write(piece)
-
-    def read(self, size: int = -1) -> bytes:
-        """What was written, from its start on; at most `size` bytes, all the rest where negative."""
-        piece = self._part(self._read, self.size - self._read if size < 0 else size)
-        self._read += len(piece)
-        return piece
-
-    def equals(self, content: Content) -> bool:
-        """Whether it has the very bytes of the content, whatever that one's digest says."""
-        parts = range(0, self.size, PIECE)
-        return self.size == content.artefact.size and all(
-            self._part(start, PIECE) == content.read(start, PIECE) for start in parts
-        )
-
-    def verify(self, length: int | None, sha256: str | None) -> None:
-        """Mismatch where these are given and not those of what was written."""
-        if self.fault is not None:
-            raise self.fault
-        if length is not None and length != self.size:
-            raise Mismatch(f"{length} bytes were announced, {self.size} arrived. Send it again.")
-        if sha256 is not None and sha256 != self.digest():
-            raise Mismatch(f"The SHA-256 of what arrived is {self.digest()}, another one. Send it again.")
-
-    def digest(self) -> str:
-        """The SHA-256, in hex, of all that was written so far."""
-        if self._fd < 0:
-            return hashlib.sha256(self._memory).hexdigest()
-        self._settle()
-        self._hash(self.size)
-        return self._sha256.hexdigest()
-
-    def seal(self, artefact: Artefact) -> None:
-        """Stamps the staged file with its time and attributes, and makes it durable. Where that fails,
-        it is discarded: a second fsync would report a success that is none."""
-        self._check_usable()
-        self._spill()
-        os.utime(self._fd, ns=(artefact.time * 1000, artefact.time * 1000))
-        _write_attributes(self._fd, artefact)
-        try:
-            self._repository.sync(self._fd)
-        except OSError:
-            self.close()
-            raise
-        self.sealed = True
-
-    def link(self, folder: int, name: str) -> None:
-        """Gives the staged file another name, in the open folder; FileExistsError."""
-        os.link(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder, follow_symlinks=False)
-
-    def move(self, folder: int, name: str) -> None:
-        """Renames the staged file to `name` in the open folder: the instant of the commit."""
-        os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
-        self._name = ""
-
-    @property
-    def staged(self) -> bool:
-        """Whether there is a file already."""
-        return self._fd >= 0
-
-    @property
-    def hashing(self) -> Future[None] | None:
-        """What the hash is at, where it is HASH_BEHIND bytes behind; done or not."""
-        return self._hashing if self.size - self._hashed >= HASH_BEHIND else None
-
-    @property
-    def pushed(self) -> bool:
-        """Whether it was moved to its name."""
-        return self._fd >= 0 and not self._name
-
-    def status(self) -> os.stat_result:
-        """Of the staged file, wherever it is by now."""
-        return os.fstat(self._fd)
-
-    def close(self) -> None:
-        """Frees all; what was staged and not pushed is gone."""
-        self._closed, self._memory = True, bytearray()
-        self._settle()
-        fd, self._fd, name, self._name = self._fd, -1, self._name, ""
-        with self._incoming as incoming, Descriptor(fd):
-            if name:
-                with contextlib.suppress(FileNotFoundError):  # somebody swept it
-                    os.unlink(name, dir_fd=incoming)
-
-    def _check_usable(self) -> None:
-        if self._closed or self.pushed:
-            raise ValueError("this upload is pushed or closed; stage another one")
-
-    def _part(self, start: int, size: int) -> bytes:
-        if self._fd < 0:
-            return bytes(self._memory[start : start + size])
-        return os.pread(self._fd, size, start)
-
-    def _spill(self) -> None:
-        """From memory into a staged file."""
-        if self._fd < 0:
-            self._incoming, name = Descriptor(self._repository.own(INCOMING)), self._repository.unique_name()
-            self._fd = os.open(name, STAGE, 0o666, dir_fd=self._incoming.fd)
-            self._name = name
-            _write(self._fd, self._memory)
-            self._memory = bytearray()
-
-    def _settle(self) -> None:
-        """Returns when no thread hashes this any more. What has not begun does not begin: it would wait for
-        the hashes of others. What failed is met again by who goes on."""
-        if self._hashing is not None and not self._hashing.cancel():
-            self._hashing.exception()
-
-    def _hash(self, until: int) -> None:
-        # From the page cache and not from a queue: however far the hash lags behind a fast
-        # sender, it holds no memory and never makes the receiving thread wait.
-        while self._hashed < until and not self._closed:
-            piece = os.pread(self._fd, min(HASH_AFTER, until - self._hashed), self._hashed)
-            if not piece:
-                raise Damaged("The staged file became shorter. Push the artefact again.")
-            self._sha256.update(piece)
-            self._hashed += len(piece)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Repository:
-    """Artefacts in directories, as plain files under one data directory.
-
-    Knows nothing of HTTP. Any number of instances, in any number of processes, may work on one
-    data directory: all state is on disk, every decision is made under a lock of the file system.
-    Every method checks the names that it is given (InvalidName) and may raise OSError."""
-
-    def __init__(self, data: str | os.PathLike[str] = "data", *,
-                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True,
-                 make: bool = True) -> None:
-        """Makes the data directory where it is missing and sweeps what crashes left behind.
-
-        keep_versions: how many versions before the current one are kept (ALL: every one), or a
-        function that tells it of a directory. fsync: False gives up durability in a power cut.
-        make: False makes and sweeps nothing (FileNotFoundError), which is enough to read."""
-        self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
-        self.durable = fsync
-        self._hashers: tuple[int, ThreadPoolExecutor] | None = None  # and the process that they are of
-        self._staged = itertools.count()
-        self._token = secrets.token_hex(8)
-        self._known = Bounded[tuple[int, ...], Artefact](KNOWN)
+    def __init__(self, root: str, fsync: bool) -> None:
+        """root: an absolute path without links; fsync: False gives up durability in a power cut."""
+        self.root, self.fsync = root, fsync
+        # Folders whose names are known to be durable. Each is kept open: no other folder gets the inode
+        # number of an open one, even if another process removes it and makes a new one.
+        self.durable_folders = Bounded[tuple[int, int], Descriptor](OPEN_FOLDERS)
         self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
-        self._small = Bounded[tuple[int, ...], Content](MEMORY)
-        self._durable_folders = Bounded[tuple[int, int], None](KNOWN)
-        self.root = os.path.realpath(data)
-        if not make:
-            os.close(os.open(self.root, FOLDER))
-            return
-        self._make_root()
-        for name in (INCOMING, LOCKS, TRASH):
-            os.close(self.own(name))
-        self.sweep()
-
-    # -- reading: no lock; one file is opened, and that inode read to its end --
-
-    def directories(self) -> list[str]:
-        """The names of the directories, sorted."""
-        with Descriptor(self._open_folder(".")) as root, os.scandir(root) as entries:
-            return sorted(
-                entry.name for entry in entries
-                if SEGMENT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            )
-
-    def artefacts(self, directory: str, *, prefix: str = "", after: str = "",
-                  digests: bool = False) -> Generator[Artefact, None, None]:
-        """The artefacts of a directory whose id begins with `prefix` and sorts behind `after`, by id.
-        NotFound where it is missing. `digests`: compute those that are not known yet. Who does not
-        read to the end closes it."""
-        with Descriptor(self._open_directory(directory)) as folder:
-            for id, within, name in self._walk(folder, "", prefix, after):
-                artefact = self._describe(directory, id, within, name, digests)
-                if artefact is not None:
-                    yield artefact
-
-    def fetch(self, directory: str, id: str, version: str | None = None,
-              from_memory: bool = False) -> Content:
-        """The artefact, open: the current one, or the version named. NotFound where it is not
-        there. The caller closes it. `from_memory`: of a SMALL one that is still the same file as when
-        it was read, the digest and the whole, which are remembered, will do; it may not be open."""
-        segments = check_names(directory, id)
-        remembered = self._from_memory(directory, id, segments) if from_memory and version is None else None
-        current = remembered or self._current(directory, segments)
-        if current is not None:
-            if version is None or current.artefact.version == version:
-                return current
-            current.close()
-        if version is None:
-            raise NotFound(f"'{directory}' has no artefact '{id}'.")
-        # The current one was looked at first: a version is linked before it is replaced.
-        at, kept = version_time(version), None
-        with contextlib.suppress(Conflict):
-            kept = self._look(directory, (VERSIONS, *segments, version), id, at)
-        if kept is None:
-            raise NotFound(f"'{id}' has no version '{version}'; ?versions lists them.")
-        return kept
-
-    def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
-        """All versions, newest first, each with whether it is the current one. NotFound where
-        there is none at all. Computes the digests that are not known yet."""
-        segments, kept = check_names(directory, id), None
-        while kept is None or kept != self._kept(directory, segments):  # else a commit came between
-            found, kept = {}, self._kept(directory, segments)
-            with contextlib.suppress(NotFound), self.fetch(directory, id) as content:
-                found[content.artefact.version] = (content.digested(), True)
-            for name in kept:
-                with contextlib.suppress(NotFound), self.fetch(directory, id, name) as content:
-                    found.setdefault(name, (content.digested(), False))
-        if not found:
-            raise NotFound(f"'{directory}' has no artefact '{id}', nor versions of it.")
-        return [found[version] for version in sorted(found, reverse=True)]
-
-    def version_at(self, directory: str, id: str, at: int) -> str:
-        """The newest version stored at or before `at` (µs since the epoch); NotFound if none."""
-        for artefact, _ in self.versions(directory, id):
-            if artefact.time <= at:
-                return artefact.version
-        raise NotFound(f"'{id}' has no version as old as that; ?versions lists them.")
-
-    def verify(self) -> Iterator[tuple[Artefact, str]]:
-        """Reads every artefact and every version, and tells of each what its bytes are: "whole",
-        "damaged" (not what was stored), "changed" (edited in place, which its stamp tells from
-        damage), "new" (never digested), or "unreadable" (a folder, too), for what reason stands in the
-        log. The digests of the changed and the new are remembered."""
-        for directory in self.directories():
-            for path in ((directory,), (directory, VERSIONS)):
-                unread: list[tuple[str, OSError]] = []
-                try:
-                    with Descriptor(self._open_folder(*path)) as folder:
-                        for id, within, name in self._walk(folder, "", "", "", MAX_ID + 32, unread):
-                            yield from self._verify(directory, id, within, name, path[1:] == (VERSIONS,))
-                except FileNotFoundError:  # no versions, or gone meanwhile
-                    pass
-                except OSError as error:
-                    unread.append(("", error))
-                for id, reason in unread:
-                    log.error("%s/%s: %s", "/".join(path), id, reason)
-                    yield Artefact(directory, "/".join((*path[1:], id)), 0, 0, "", None), "unreadable"
-
-    def _verify(self, directory: str, id: str, folder: int, name: str,
-                is_version: bool) -> Iterator[tuple[Artefact, str]]:
-        time = None
-        if is_version:
-            id = id.rpartition("/")[0]
-            if not id or not _is_version(name):
-                return
-            time = version_time(name)
-        try:
-            with self._open(folder, name, directory, id, time) as content:
-                stored, stamped = content.artefact.sha256, content.is_stamped()
-                artefact = content.digested(anew=True)
-        except (FileNotFoundError, Conflict):  # gone meanwhile; no file
-            return
-        except OSError as error:
-            if error.errno in NO_FILE:
-                return
-            log.error("%s/%s: %s", directory, id, error)
-            yield Artefact(directory, id, 0, time or 0, "", None), "unreadable"
-            return
-        if stored is None:
-            yield artefact, "changed" if stamped else "new"
-        else:
-            yield artefact, "whole" if stored == artefact.sha256 else "damaged"
-
-    # -- writing: what these have done is durable when they return --
-
-    def stage(self, limit: int | None = None) -> Upload:
-        """A new upload, of at most `limit` bytes. The caller closes it."""
-        return Upload(self, limit)
-
-    def admit(self, directory: str, id: str, size: int, check: Check = no_check) -> None:
-        """Raises what a push of `size` bytes would raise now, as far as it can be told without
-        them: names, what is in the way, `check`, and OutOfSpace."""
-        with self._look(directory, check_names(directory, id)) or contextlib.nullcontext() as current:
-            check(current)
-        self.check_space(size)
-
-    def check_space(self, size: int) -> None:
-        """OutOfSpace where the disk has less than `size` bytes left."""
-        free = os.statvfs(self.root)
-        if size > free.f_bavail * free.f_frsize:
-            raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
-
-    def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None,
-             check: Check = no_check, wait: bool = True) -> tuple[Artefact, bool]:
-        """Commits an upload under its name: the artefact now current, and whether it is new.
-        BlockingIOError where the directory's lock is taken and is not to be waited for.
-
-        `check` receives what is current (or None), under the lock, and raises to refuse; what it
-        raises passes. Where these very bytes are current already, nothing changes. Conflict
-        where a folder is in the way of the artefact, or an artefact in the way of a folder."""
-        segments = check_names(directory, id)
-        staged = Artefact(directory, id, upload.size, _now(), type_of(id, type), upload.digest())
-        twin = self._twin(upload, staged, segments) if self.durable or upload.staged else None
-        if twin is None:
-            upload.seal(staged)  # an identical push waits for no disk, and compares outside the lock
-        # Under the lock there is as little as can be: after each system call a thread waits for the
-        # interpreter, and all others for the lock.
-        versioned = self._is_versioned(directory, segments)
-        with (lock := self._lock(directory, wait)):
-            there, current = self._look_into(directory, segments)
-            with there or contextlib.nullcontext(), current or contextlib.nullcontext():
-                check(current)
-                with self._make_folder(directory, *segments[:-1], there=there) as folder:
-                    if current is not None and _is_same(current, upload, staged, twin):
-                        staged = current.artefact
-                        current.sync()  # who dropped the file in by hand may not have
-                    else:
-                        staged = self._replace(upload, staged, current, folder, segments, versioned)
-                    lock.close()  # so that the fsyncs of many pushes overlap
-                    self.sync(folder)
-                if upload.pushed:
-                    self._known.keep(_identity(upload.status()), staged)
-                    if current is not None:
-                        self._known.pop(_identity(current.status), None)
-        return staged, current is None
-
-    def restore(self, directory: str, id: str, version: str, *,
-                check: Check = no_check) -> tuple[Artefact, bool]:
-        """Makes an earlier version the current one, as a new version with its bytes and type;
-        otherwise as `push`. NotFound; Damaged where its bytes are not those that were stored."""
-
-        def check_both(current: Content | None) -> None:
-            self.fetch(directory, id, version).close()  # NotFound where it was erased meanwhile
-            check(current)
-
-        with self.fetch(directory, id, version) as content, self.stage() as upload:
-            upload.write_all(content)
-            if content.artefact.sha256 not in (None, upload.digest()):
-                raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
-            return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
-
-    def delete(self, directory: str, id: str, *, check: Check = no_check) -> None:
-        """Deletes the current artefact; where versions are kept, it becomes one. NotFound."""
-        self.fetch(directory, id).close()  # or NotFound, and no lock is made for nothing
-        segments, keep = check_names(directory, id), self.keeps(directory)
-        with self._lock(directory), self.fetch(directory, id) as current:
-            check(current)
-            kept = self._kept(directory, segments) if keep < ALL else []
-            filed = None
-            if keep:
-                newest = max(current.artefact.time, self._marked(directory, segments))
-                filed = self._keep(current, segments, newest)
-            self._unlink(directory, segments)
-            self._drop(directory, segments, _surplus(kept, filed, keep))
-
-    def erase(self, directory: str, id: str, version: str, *, check: Check = no_check) -> None:
-        """Erases one earlier version. NotFound; Conflict where it is the current one."""
-        self.fetch(directory, id, version).close()
-        segments = check_names(directory, id)
-        with self._lock(directory), self.fetch(directory, id, version) as content:
-            check(content)
-            if version not in self._kept(directory, segments):
-                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
-            self._drop(directory, segments, [version])
-
-    def erase_all(self, directory: str, id: str, *, check: Check = no_check) -> None:
-        """Erases an artefact with all its versions. NotFound where there is neither."""
-        self.versions(directory, id)
-        segments = check_names(directory, id)
-        with self._lock(directory):
-            with self._current(directory, segments) or contextlib.nullcontext() as current:
-                check(current)
-                if current is not None:
-                    self._unlink(directory, segments)
-            self._drop(directory, segments, self._kept(directory, segments))
-
-    def delete_directory(self, directory: str) -> None:
-        """Deletes a directory, its artefacts and their versions, in one instant. NotFound."""
-        os.close(self._open_directory(directory))
-        name = self.unique_name()
-        with Descriptor(os.open(self.root, FOLDER)) as root, Descriptor(self.own(TRASH)) as trash:
-            with self._lock(directory):
-                os.close(self._open_directory(directory))  # a folder, and no symbolic link
-                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
-                self.sync(root)
-            with contextlib.suppress(OSError):  # it is removed below
-                os.utime(name, dir_fd=trash, follow_symlinks=False)
-            self._discard(trash, TRASH, name)
-
-    def sweep(self) -> None:
-        """Removes what crashes left in `.incoming/` and `.trash/` more than a day ago."""
-        for own in (INCOMING, TRASH):
-            with Descriptor(self.own(own)) as folder:
-                for name in os.listdir(folder):
-                    with contextlib.suppress(FileNotFoundError):  # swept by another process
-                        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                        if status.st_mtime < time.time() - SWEEP_AFTER:
-                            self._discard(folder, own, name)
-
-    def _discard(self, folder: int, own: str, name: str) -> None:
-        """Removes what is nobody's any more. What cannot be removed stays, to be swept another time; the
-        log tells of it."""
-        try:
-            _remove(folder, name)
-        except FileNotFoundError:  # swept by another process
-            pass
-        except (OSError, RecursionError) as error:
-            log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
-
-    # -- the steps of a commit, under the directory's lock --
-
-    def _lock(self, directory: str, wait: bool = True) -> Descriptor:
-        """The directory's lock, held against threads, processes and hosts alike until it is closed."""
-        with Descriptor(self.own(LOCKS)) as locks:
-            lock = Descriptor(os.open(directory, LOCK, 0o666, dir_fd=locks))
-        with lock as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock.detach()
-
-    def _twin(self, upload: Upload, staged: Artefact, segments: Sequence[str]) -> tuple[int, ...] | None:
-        """The identity of what is current, if that has the bytes of the upload."""
-        with self._look(staged.directory, segments) or contextlib.nullcontext() as current:
-            if current is not None and _is_same(current, upload, staged, None):
-                return _identity(current.status)
-        return None
-
-    def _replace(self, upload: Upload, staged: Artefact, current: Content | None, folder: int,
-                 segments: Sequence[str], versioned: bool) -> Artefact:
-        """Puts the upload in the place of what is current, as a version later than all others."""
-        directory, keep = staged.directory, self.keeps(staged.directory)
-        kept = [] if not versioned or keep == ALL else self._kept(directory, segments)
-        newest = max(
-            -1 if current is None else current.artefact.time,
-            version_time(kept[-1]) if kept else -1,
-            self._marked(directory, segments) if versioned else -1,
-        )
-        if staged.time <= newest or not upload.sealed:
-            staged = replace(staged, time=min(max(newest + 1, _now()), LAST_TIME))
-            upload.seal(staged)
-        filed = self._keep(current, segments, staged.time) if current is not None and keep else None
-        if filed is not None and version_time(filed) >= staged.time:
-            staged = replace(staged, time=min(version_time(filed) + 1, LAST_TIME))
-            upload.seal(staged)
-        try:
-            upload.move(folder, segments[-1])
-        except IsADirectoryError:  # an empty one, or `_look` would have refused
-            _remove_empty(folder, segments[-1])
-            upload.move(folder, segments[-1])
-        if surplus := _surplus(kept, filed, keep):
-            self.sync(folder)  # or a power cut could undo the rename, and not what follows
-            self._drop(directory, segments, surplus)
-        return staged
-
-    def _keep(self, current: Content, segments: Sequence[str], newest: int) -> str:
-        """Gives the current file its version's name, durably, and tells that. Should another file have
-        it (a hand can give two the same time), it becomes the next one. `newest`: the time of the
-        newest version there is then."""
-        directory, time = current.artefact.directory, current.artefact.time
-        with (
-            self._make_folder(directory, *segments[:-1]) as folder,
-            self._make_folder(directory, VERSIONS, *segments) as kept,
-        ):
-            while not self._file(current, replace(current.artefact, time=time), folder, segments[-1], kept):
-                if time == LAST_TIME:
-                    raise Conflict(f"No version is later than '{current.artefact.id}'. Touch the file.")
-                time += 1
-            newest = max(newest, time)
-            os.utime(kept, ns=(newest * 1000, newest * 1000))  # what `_marked` reads
-            self.sync(kept)
-        return replace(current.artefact, time=time).version
-
-    def _file(self, current: Content, version: Artefact, folder: int, name: str, kept: int) -> bool:
-        """Links the current file, by its name, to that of a version, or a copy of it where its time is
-        another one or it is somebody else's (fs.protected_hardlinks). Whether it has that name now."""
-        try:
-            there = os.stat(version.version, dir_fd=kept, follow_symlinks=False)
-        except FileNotFoundError:
-            pass
-        else:  # a crash came between a link and its rename, or a hand put it there
-            if not stat.S_ISREG(there.st_mode):
-                return False
-            with self._open(kept, version.version, version.directory, version.id) as content:
-                return content.digested().sha256 == current.digested().sha256
-        if version.time == current.artefact.time:
-            with contextlib.suppress(PermissionError):
-                os.link(name, version.version, src_dir_fd=folder, dst_dir_fd=kept, follow_symlinks=False)
-                return True
-        with self.stage() as copy:
-            copy.write_all(current)
-            copy.seal(replace(version, sha256=current.digested().sha256))
-            copy.link(kept, version.version)
-        return True
-
-    @retry_on_estale
-    def _marked(self, directory: str, segments: Sequence[str]) -> int:
-        """The time (µs) of the newest version, -1 if none was kept. It is the folder's own time, so
-        that it is known without reading thousands of names."""
-        try:
-            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
-                return _microseconds(os.fstat(kept))
-        except (FileNotFoundError, NotADirectoryError):
-            return -1
-
-    @retry_on_estale
-    def _is_versioned(self, directory: str, segments: Sequence[str]) -> bool:
-        """Whether there are earlier versions of it, or what is replaced now becomes one."""
-        if self.keeps(directory):
-            return True
-        try:
-            os.lstat(f"{self.root}/{directory}/{VERSIONS}")  # the less to be opened, as a rule
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return bool(self._kept(directory, segments))
-
-    @retry_on_estale
-    def _kept(self, directory: str, segments: Sequence[str]) -> list[str]:
-        """The names of the kept versions, oldest first."""
-        try:
-            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
-                with os.scandir(kept) as entries:
-                    return sorted(
-                        entry.name for entry in entries
-                        if _is_version(entry.name) and entry.is_file(follow_symlinks=False)
-                    )
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def _drop(self, directory: str, segments: Sequence[str], versions: Sequence[str]) -> None:
-        """Erases these versions, in their order, and the folders that are empty then."""
-        if versions:
-            with Descriptor(self._open_folder(directory, VERSIONS, *segments)) as kept:
-                mark = os.fstat(kept).st_mtime_ns
-                for version in versions:
-                    with contextlib.suppress(FileNotFoundError):  # a hand removed it
-                        os.unlink(version, dir_fd=kept)
-                os.utime(kept, ns=(mark, mark))
-                self.sync(kept)
-            self._trim(directory, VERSIONS, *segments)
-
-    def _unlink(self, directory: str, segments: Sequence[str]) -> None:
-        """Removes the artefact's name, durably, and the folders that are empty then."""
-        with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
-            os.unlink(segments[-1], dir_fd=folder)
-            self.sync(folder)
-        self._trim(directory, *segments[:-1])
-
-    def _trim(self, *names: str) -> None:
-        """Removes the folder, and those above it below the directory, as far as they are empty."""
-        for depth in range(len(names) - 1, 0, -1):
-            with Descriptor(self._open_folder(*names[:depth])) as parent:
-                try:
-                    os.rmdir(names[depth], dir_fd=parent)
-                except OSError as error:
-                    # ENOENT: a hand removed it, or it is missing on one of GlusterFS's replicas only.
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                        return
-                    raise
+        self._token, self._number = secrets.token_hex(8), itertools.count()
 
     def sync(self, fd: int) -> None:
-        """fsync, unless durability was given up. Never retried: after a failure the kernel has
+        """Fsync, unless durability was given up. Never retried: after a failure the kernel has
         dropped the pages, and a second call would report a success that is none."""
-        if self.durable:
+        if self.fsync:
             os.fsync(fd)
 
-    # -- files and folders: opened, then looked at; no symbolic link is ever followed --
-
-    def own(self, name: str) -> int:
-        """One of the repository's own folders, open, made where it is missing; the caller closes it."""
-        try:
-            return self._open_folder(name)
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(f"{self.root}/{name}")
-            return self._open_folder(name)
-
-    def hashers(self) -> ThreadPoolExecutor:
-        """The threads that compute digests: of this process, for a fork has none of its parent's."""
-        if self._hashers is None or self._hashers[0] != os.getpid():
-            self._hashers = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "sha256")
-        return self._hashers[1]
-
     def unique_name(self) -> str:
-        """A name that no other thread, process or host has for what it stages."""
-        return f"{self._token}-{os.getpid()}-{next(self._staged)}"
+        """Return a name that no other thread, process or host uses for a staging file."""
+        return f"{self._token}-{os.getpid()}-{next(self._number)}"
 
-    @retry_on_estale
-    def _open_directory(self, directory: str) -> int:
-        check_segment(directory, "directory")
-        try:
-            return self._open_folder(directory)
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"There is no directory '{directory}'. A push makes it.") from None
-
-    def _open_folder(self, *names: str) -> int:
-        """The folder, open; the caller closes it. Unavailable: not even the data directory is there."""
-        try:
-            folder = os.open(f"{self.root}/{names[0]}", FOLDER)
-        except FileNotFoundError:
-            self._check_root()
-            raise
-        for name in names[1:]:
-            with Descriptor(folder):
-                folder = os.open(name, FOLDER, dir_fd=folder)
-        return folder
-
-    def _make_root(self) -> None:
-        """Makes the data directory where it is missing, and whatever it is in, durably."""
+    def make_root(self) -> None:
+        """Make the root if it is missing, and the folders that it is in, durably."""
         missing, path = [], self.root
         while not os.path.lexists(path):
             missing.append(path)
@@ -1073,99 +377,101 @@ class Repository:
             with Descriptor(os.open(os.path.dirname(path), FOLDER)) as parent:
                 self.sync(parent)
 
-    def _check_root(self) -> None:
+    def open_folder(self, *names: str) -> Descriptor:
+        """Return an open folder, by default the root. The caller closes it. Unavailable: there is no root."""
         try:
-            os.stat(self.root)
+            folder = Descriptor(os.open("/".join((self.root, *names[:1])), FOLDER))
         except FileNotFoundError:
-            raise Unavailable("The data directory is not there. Tell who runs this server.") from None
-
-    def _make_folder(self, *names: str, there: Descriptor | None = None) -> Descriptor:
-        """The folder, open, made where it is missing; the caller closes it. Each folder's name is
-        durable before anything is put into it. One that was there is synced once too: who made it
-        may have been killed before its own fsync. `there`: the same, if it is open already; it is
-        closed then."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            with (folder := there or Descriptor(self._open_folder(*names))) as fd:
-                if not self.durable or _folder_identity(fd) in self._durable_folders:
-                    return folder.detach()
-        folder = Descriptor(os.open(self.root, FOLDER))
-        for name in names:
+            if not os.path.lexists(self.root):
+                raise Unavailable("The data directory does not exist. Tell who runs this server.") from None
+            raise
+        for name in names[1:]:
             with folder as parent:
-                folder = self._enter(parent, name, "/".join(names[1:]))
+                folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
         return folder
 
-    def _enter(self, parent: int, name: str, id: str) -> Descriptor:
-        """The folder of this name in an open one, made where it is missing, its name durable."""
-        made = False
+    def open_own(self, name: str) -> Descriptor:
+        """Return one of the repository's own folders, made if it is missing. The caller closes it."""
+        try:
+            return self.open_folder(name)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(f"{self.root}/{name}")
+            return self.open_folder(name)
+
+    def make_folder(self, *names: str) -> Descriptor:
+        """Return an open folder, made if it is missing. The caller closes it. Conflict: a file or a
+        link is in the way. The names of all folders in the path are durable, parents first. An
+        existing folder is synced once, too: its maker may have died before its own fsync."""
+        with contextlib.suppress(*MISSING):
+            with (folder := self.open_folder(*names)) as fd:
+                if not self.fsync or inode(fd) in self.durable_folders:
+                    return Descriptor(folder.release())
+        folder = self.open_folder()
+        for name in names:
+            with folder as parent:
+                folder = self._make_child(parent, name, "/".join(names[1:]))
+        return folder
+
+    def _make_child(self, parent: int, name: str, path: str) -> Descriptor:
+        """Return the folder of this name, open, made if it is missing, with a durable name."""
         try:
             folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
         except FileNotFoundError:
-            os.mkdir(name, dir_fd=parent)
-            folder, made = Descriptor(os.open(name, FOLDER, dir_fd=parent)), True
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, dir_fd=parent)
+            folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
         except NotADirectoryError:
-            raise _in_the_way(id) from None
+            raise in_the_way(path) from None
         with folder as fd:
-            identity = _folder_identity(fd)
-            if made or identity not in self._durable_folders:
+            if self.fsync and (key := inode(fd)) not in self.durable_folders:
                 self.sync(parent)
-                self._durable_folders.keep(identity, None)
-            return folder.detach()
+                self.durable_folders.keep(key, Descriptor(os.dup(fd)))
+            return Descriptor(folder.release())
 
-    def _look(self, directory: str, path: Sequence[str], id: str = "",
-              time: int | None = None) -> Content | None:
-        """The file at this path, open, or None; Conflict where something else bears the name. What
-        is current has its id for a path; a version has not, nor is its time its file's for sure."""
-        folder, content = self._look_into(directory, path, id, time)
-        if folder is not None:
-            folder.close()
-        return content
+    def lock(self, name: str, wait: bool = True) -> Descriptor:
+        """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
+        BlockingIOError: it is taken, and `wait` is False."""
+        with self.open_own(LOCKS) as locks:
+            lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
+        with lock as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return Descriptor(lock.release())
 
-    @retry_on_estale
-    def _look_into(self, directory: str, path: Sequence[str], id: str = "",
-                   time: int | None = None) -> tuple[Descriptor | None, Content | None]:
-        """As `_look`, and the folder that the file is in."""
-        id = id or "/".join(path)
-        try:
-            with (folder := Descriptor(self._open_folder(directory, *path[:-1]))) as fd:
-                content = self._open(fd, path[-1], directory, id, time)
-                return folder.detach(), content
-        except FileNotFoundError:
-            return None, None
-        except OSError as error:
-            if error.errno in NO_FILE:
-                raise _in_the_way(id) from None
-            raise
+    def names(self, folder: int) -> list[str]:
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end.
 
-    def _current(self, directory: str, segments: Sequence[str]) -> Content | None:
-        """What a GET finds, open, or None, whatever else may bear the name."""
-        try:
-            return self._look(directory, segments)
-        except Conflict:
-            return None
+        A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
+        show a name that is replaced after the folder was opened. The result is cached while the folder's
+        own times show no change, unless a change within one tick of the clock could be hidden."""
+        found: set[str] = set()
+        for scan in range(SCANS):
+            now, status = time.time_ns(), os.fstat(folder)
+            names = self._listed.get(key := identity(status))
+            if names is not None:
+                return names
+            with os.scandir(folder) as entries:
+                found.update(
+                    entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+                    for entry in entries if SEGMENT.fullmatch(entry.name)
+                )
+            settled = now > status.st_ctime_ns + TICK
+            if identity(os.fstat(folder)) == key and (settled or scan):
+                break
+        names = sorted(found)
+        if not scan:
+            self._listed.keep(key, names, len(names) + 1)
+        return names
 
-    def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
-        """One file of an open folder; FileNotFoundError also where it is an empty folder."""
-        fd = os.open(name, READ, dir_fd=folder)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode) and next(self._walk(fd, "", "", ""), None) is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-            if not stat.S_ISREG(status.st_mode):
-                raise _in_the_way(id)
-            artefact = self.recall(directory, id, fd, status)
-            if time is not None and time != artefact.time:
-                artefact = replace(artefact, time=time)
-            return Content(self, artefact, fd, status)
-        except BaseException:
-            os.close(fd)
-            raise
+    def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
+             unreadable: list[tuple[str, OSError]] | None = None) -> Iterator[tuple[str, int, str]]:
+        """Yield (id, its open folder, its name there) for every file below an open folder, in the
+        order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
+        `inside` is the id of the folder itself, with a slash at its end.
 
-    def _walk(self, folder: int, inside: str, prefix: str, after: str, longest: int = MAX_ID,
-              unread: list[tuple[str, OSError]] | None = None) -> Iterator[tuple[str, int, str]]:
-        """(id, the open folder it is in, name there) of every file below, in the order of the ids.
-        Follows no link, and enters no folder in which no id can match. `unread` takes the folders that
-        cannot be read; without it they raise."""
-        for name in self._names(folder):
+        Does not enter folders in which no id can match. Folders that cannot be read are added to
+        `unreadable`; if that is None, their OSError is raised. A folder removed meanwhile is skipped."""
+        for name in self.names(folder):
             id = inside + name
             if len(id) > MAX_ID // 4 and len(id.encode()) > longest:
                 continue
@@ -1175,204 +481,95 @@ class Repository:
             elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
                 try:
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
-                        yield from self._walk(child, id, prefix, after, longest, unread)
-                except (FileNotFoundError, NotADirectoryError):  # changed meanwhile
+                        yield from self.walk(child, id, prefix, after, longest, unreadable)
+                except MISSING:
                     pass
                 except OSError as error:
-                    if unread is None:
+                    if unreadable is None:
                         raise
-                    unread.append((id, error))
+                    unreadable.append((id, error))
 
-    def _names(self, folder: int) -> list[str]:
-        """What is in an open folder, sorted, with a slash behind a folder, and maybe what just went.
+    def remove_tree(self, parent: int, name: str) -> None:
+        """Remove a file, or a folder with everything below it, from an open folder.
 
-        Read again where it changed meanwhile: btrfs does not show a name that is replaced after the folder
-        was opened. Remembered as long as the folder's own times tell that nothing came or went, if no
-        tick of the clock can hide that."""
-        found: set[str] = set()
-        for scan in range(SCANS):
-            now, status = time.time_ns(), os.fstat(folder)
-            names = self._listed.get(identity := _identity(status))
-            if names is not None:
-                return names
-            with os.scandir(folder) as entries:
-                found.update(
-                    entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    for entry in entries if SEGMENT.fullmatch(entry.name)
-                )
-            settled = now > status.st_ctime_ns + TICK
-            if _identity(os.fstat(folder)) == identity and (settled or scan):
-                break
-        names = sorted(found)
-        if not scan:
-            self._listed.keep(identity, names, len(names) + 1)
-        return names
+        Folders are first moved up into `parent`, so that any depth needs few descriptors and no
+        recursion: shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        folders: list[str] = []
 
-    # -- what is known of a file: in its attributes, and in memory in front of them --
+        def remove(folder: int, name: str) -> None:
+            try:
+                os.unlink(name, dir_fd=folder)
+            except (IsADirectoryError, PermissionError):  # the latter on macOS
+                if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise
+                with Descriptor(os.open(name, FOLDER, dir_fd=folder)) as child:
+                    with contextlib.suppress(PermissionError):
+                        os.fchmod(child, 0o700)  # a read-only folder can be neither moved nor emptied
+                folders.append(self.unique_name())
+                os.rename(name, folders[-1], src_dir_fd=folder, dst_dir_fd=parent)
 
-    def recall(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
-        """What the open file's attributes tell; its digest may be None."""
-        known = self._known_as(directory, id, status)
-        if known is None:
-            sha256, type = _read_attributes(fd, id, status)
-            known = Artefact(directory, id, status.st_size, _microseconds(status), type, sha256)
-            self._known.keep(_identity(status), known)
-        return known
+        remove(parent, name)
+        while folders:
+            name = folders.pop()
+            with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+                for child in os.listdir(folder):
+                    remove(folder, child)
+            os.rmdir(name, dir_fd=parent)
 
-    def remember(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
-        """Keeps a digest that was computed: in the file's attributes if they can be written, and in
-        memory. Not being able to must not fail a fetch; it only costs computing it again. `status`: from
-        before; what was changed since, be it after the reading, must not pass for what was read."""
-        if _identity(os.fstat(fd)) == _identity(status):
-            with contextlib.suppress(OSError):
-                _write_digest(fd, artefact, status)
-            after = os.fstat(fd)
-            if _stamp(after) == _stamp(status):
-                self._known.keep(_identity(after), replace(artefact, time=_microseconds(after)))
+    def remove_empty(self, parent: int, name: str) -> None:
+        """Remove a folder below which there are only empty folders, as a crash may leave them."""
+        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+            for child in os.listdir(folder):
+                self.remove_empty(folder, child)
+        os.rmdir(name, dir_fd=parent)
 
-    def keep_in_memory(self, artefact: Artefact, status: os.stat_result, whole: bytes) -> None:
-        """A small artefact's bytes, unless a change within one tick of the clock could hide."""
-        if artefact.sha256 is not None and time.time_ns() >= status.st_ctime_ns + TICK:
-            content = Content(self, artefact, -1, status, whole)
-            self._small.keep(_identity(status), content, len(whole) + 2048)  # what is around them
-
-    def _from_memory(self, directory: str, id: str, segments: Sequence[str]) -> Content | None:
-        """What is remembered of it, if its file is the same still; None also where it cannot be looked
-        at, for who opens it then meets the reason."""
-        try:
-            with Descriptor(self._open_folder(directory, *segments[:-1])) as folder:
-                status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
-        except OSError:
-            return None
-        content = self._small.get(_identity(status))
-        return content if content is not None and content.artefact.is_named(directory, id) else None
-
-    def _known_as(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
-        known = self._known.get(_identity(status))
-        return known if known is not None and known.is_named(directory, id) else None
-
-    @retry_on_estale
-    def _describe(self, directory: str, id: str, folder: int, name: str, digest: bool) -> Artefact | None:
-        """An artefact by its name in an open folder; None where it is gone, or something else. One that
-        may not be read has what its name and its folder tell."""
-        try:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        known = self._known_as(directory, id, status)
-        if known is not None and (known.sha256 is not None or not digest):
-            return known  # and the file need not be opened
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        try:
-            with self._open(folder, name, directory, id) as content:
-                return content.digested() if digest else content.artefact
-        except (FileNotFoundError, Conflict):
-            return None
-        except PermissionError:
-            if digest:
-                raise
-            return Artefact(directory, id, status.st_size, _microseconds(status), type_of(id), None)
+    def remove_while_empty(self, *names: str) -> None:
+        """Remove a folder if it is empty, then those above it, but not the first of the path."""
+        with contextlib.ExitStack() as stack:
+            parents = [stack.enter_context(self.open_folder(names[0]))]
+            for name in names[1:-1]:
+                parents.append(stack.enter_context(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1]))))
+            for name in reversed(names[1:]):
+                try:
+                    os.rmdir(name, dir_fd=parents.pop())
+                except OSError as error:
+                    # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                        return
+                    raise
 
 
-def _surplus(kept: Sequence[str], filed: str | None, keep: int) -> Sequence[str]:
-    """Of the versions kept before, the oldest, as many as there are too many with the one that was filed
-    now. That one stays, however old it is: a hand may have given it any time."""
-    others = [version for version in kept if version != filed]
-    return others[: max(0, len(others) + (filed is not None) - keep)]
+def in_the_way(path: str) -> Conflict:
+    return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{path}'.")
 
 
-def _now() -> int:
-    return min(time.time_ns() // 1000, LAST_TIME - 1)
+def inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
-def _microseconds(status: os.stat_result) -> int:
-    """A file's time, in µs since the epoch; what no date can express is brought into the range."""
-    return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return a value that changes whenever a file's bytes or attributes do."""
+    return (status.st_ino, status.st_dev, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
 
 
-def _in_the_way(id: str) -> Conflict:
-    return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{id}'.")
-
-
-def _is_same(current: Content, upload: Upload, staged: Artefact, twin: tuple[int, ...] | None) -> bool:
-    """Whether the upload's bytes are those that are current, digest and all. They are compared, for a
-    digest only tells what was stored once: who pushes again what was damaged mends it. `twin`: of a
-    file of which it is known."""
-    if current.artefact.size != staged.size or current.digested().sha256 != staged.sha256:
-        return False
-    return _identity(current.status) == twin or upload.equals(current)
-
-
-def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
-def _remove(parent: int, name: str) -> None:
-    """Removes a file, or a folder with all below it. Follows no link, as shutil.rmtree may before 3.13."""
-    try:
-        os.unlink(name, dir_fd=parent)
-    except (IsADirectoryError, PermissionError):  # the latter on macOS
-        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            raise
-        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-            with contextlib.suppress(PermissionError):
-                os.fchmod(folder, 0o700)  # of ours may be some that were made read-only
-            for child in os.listdir(folder):
-                _remove(folder, child)
-        os.rmdir(name, dir_fd=parent)
+# == Metadata: type and digest in extended attributes =============================================
+
+TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
+DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>"
+HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
+# Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
+NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
 
 
-def _remove_empty(parent: int, name: str) -> None:
-    """Removes a folder in which there are only empty folders, such as a crash may leave."""
-    with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-        for child in os.listdir(folder):
-            _remove_empty(folder, child)
-    os.rmdir(name, dir_fd=parent)
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """Changes whenever a file's bytes or attributes do."""
-    return (status.st_ino, status.st_dev, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
-
-
-def _folder_identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def _stamp(status: os.stat_result) -> str:
-    """What a stored digest names as what it was computed of."""
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
-    if HAS_ATTRIBUTES:
-        os.setxattr(fd, DIGEST_ATTRIBUTE, f"{artefact.sha256} {_stamp(status)}".encode())
-
-
-def _write_attributes(fd: int, artefact: Artefact) -> None:
-    """Type and digest, to travel with the file; a file system without attributes goes without."""
-    try:
-        if HAS_ATTRIBUTES:
-            os.setxattr(fd, TYPE_ATTRIBUTE, artefact.type.encode())
-        _write_digest(fd, artefact, os.fstat(fd))
-    except OSError as error:
-        if error.errno not in NO_ATTRIBUTES:
-            raise
-
-
-def _read_attributes(fd: int, id: str, status: os.stat_result) -> tuple[str | None, str]:
-    """(digest, None unless its stamp says that it is this content's; type)."""
-    digest, _, stamp = _attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
-    if stamp != _stamp(status) or not SHA256.fullmatch(digest):
-        digest = ""
-    return digest or None, type_of(id, _attribute(fd, TYPE_ATTRIBUTE))
-
-
-def _attribute(fd: int, name: str) -> str:
+def read_attribute(fd: int, name: str) -> str:
+    """Return an extended attribute of an open file, "" if it or the support for it is missing."""
     try:
         return os.getxattr(fd, name).decode("ascii", "replace") if HAS_ATTRIBUTES else ""
     except OSError as error:
@@ -1381,12 +578,845 @@ def _attribute(fd: int, name: str) -> str:
         return ""
 
 
-def _sha256(fd: int) -> str:
+def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
+    if HAS_ATTRIBUTES:
+        os.setxattr(fd, DIGEST_ATTRIBUTE, f"{artefact.sha256} {stamp_of(status)}".encode())
+
+
+def write_attributes(fd: int, artefact: Artefact) -> None:
+    """Store type and digest with an open file, if its file system has attributes."""
+    try:
+        if HAS_ATTRIBUTES:
+            os.setxattr(fd, TYPE_ATTRIBUTE, artefact.type.encode())
+        write_digest(fd, artefact, os.fstat(fd))
+    except OSError as error:
+        if error.errno not in NO_ATTRIBUTES:
+            raise
+
+
+def stamp_of(status: os.stat_result) -> str:
+    """Return the part of the digest attribute that says for which content it was computed."""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def time_of(status: os.stat_result) -> int:
+    """Return a file's modification time in µs since the epoch, cut to what a date can express."""
+    return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
+
+
+def sha256_of(fd: int) -> str:
+    """Return the SHA-256 of an open file, in hex. Reads the whole file."""
     digest, start = hashlib.sha256(), 0
     while piece := os.pread(fd, PIECE, start):
         digest.update(piece)
         start += len(piece)
     return digest.hexdigest()
+
+
+class Metadata:
+    """Caches what is known about files, by their `identity`: a changed file is read again.
+
+    Without the cache of attributes, listings take three times as long; without the bytes of small
+    artefacts, fetches take 1.12 times as long."""
+
+    def __init__(self) -> None:
+        self.known = Bounded[tuple[int, ...], Artefact](KNOWN)
+        self.small = Bounded[tuple[int, ...], Content](MEMORY)
+
+    def cached(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
+        """Return the artefact if it is in the cache under this name: a file can have two names."""
+        known = self.known.get(identity(status))
+        return known if known is not None and known.is_named(directory, id) else None
+
+    def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
+        """Return the artefact with the type and digest of the open file's attributes. The digest is
+        None if it is missing, or if the stored one belongs to another size or modification time."""
+        known = self.cached(directory, id, status)
+        if known is None:
+            digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
+            sha256 = digest if stamp == stamp_of(status) and SHA256.fullmatch(digest) else None
+            type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
+            known = Artefact(directory, id, status.st_size, time_of(status), type, sha256)
+            self.known.keep(identity(status), known)
+        return known
+
+    def store_digest(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
+        """Store a digest that was computed from an open file, in its attributes if they can be written,
+        and in the cache. `status` is from before the computation: nothing is stored for a file that was
+        changed since. A failure must not fail a fetch; it only costs computing the digest again."""
+        if identity(os.fstat(fd)) == identity(status):
+            with contextlib.suppress(OSError):
+                write_digest(fd, artefact, status)
+            after = os.fstat(fd)
+            if stamp_of(after) == stamp_of(status):
+                self.known.keep(identity(after), replace(artefact, time=time_of(after)))
+
+
+class Content:
+    """One open file, which stays the same whatever happens to its name. The receiver closes it."""
+
+    def __init__(self, metadata: Metadata, artefact: Artefact, file: Descriptor, status: os.stat_result,
+                 whole: bytes | None = None) -> None:
+        self.artefact = artefact  # as known without reading the file: the digest may be None
+        self.file, self.status = file, status
+        self._metadata, self._whole = metadata, whole
+
+    def digested(self) -> Artefact:
+        """Return the artefact with its digest. Reads the whole file and stores the digest if it is
+        not known yet."""
+        if self.artefact.sha256 is None:
+            # A change within one tick of the file system's clock would have the same time.
+            time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
+            self.artefact = replace(self.artefact, sha256=sha256_of(self.file.fd))
+            self._metadata.store_digest(self.file.fd, self.artefact, self.status)
+        return self.artefact
+
+    def verified(self) -> tuple[Artefact, str]:
+        """Read the whole file. Return the artefact with the digest of its bytes and what they are:
+        "whole", "damaged" (other bytes than stored), "changed" (edited in place) or "new" (never hashed).
+        The digest of a changed or new file is stored."""
+        stored = self.artefact.sha256
+        if stored is None:
+            has_stale_digest = bool(read_attribute(self.file.fd, DIGEST_ATTRIBUTE))
+            return self.digested(), "changed" if has_stale_digest else "new"
+        artefact = replace(self.artefact, sha256=sha256_of(self.file.fd))
+        return artefact, "whole" if artefact.sha256 == stored else "damaged"
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return at most `length` bytes, from byte `start` on."""
+        return os.pread(self.file.fd, length, start)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield all bytes, PIECE at a time. Damaged: the file was cut short."""
+        for start in range(0, size := self.artefact.size, PIECE):
+            piece = self.read(start, length := min(PIECE, size - start))
+            if len(piece) != length:
+                raise Damaged(f"'{self.artefact.id}' became shorter while it was read. Fetch it again.")
+            yield piece
+
+    def whole(self) -> bytes:
+        """Return all bytes of a SMALL artefact, and cache them unless a change within one tick of the
+        clock could be hidden. Damaged: the file was cut short."""
+        if self._whole is None:
+            self._whole = b"".join(self.pieces())
+            if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
+                cached = Content(self._metadata, self.artefact, Descriptor(-1), self.status, self._whole)
+                cost = len(self._whole) + 2048  # with the objects around them
+                self._metadata.small.keep(identity(self.status), cached, cost)
+        return self._whole
+
+    def detach(self) -> io.FileIO:
+        """Return the file as an object of its own, which the caller closes. This one is then closed."""
+        return io.FileIO(self.file.release())
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# == Uploads: bytes on their way in ===============================================================
+
+
+class HashThreads:
+    """Threads that compute digests, a pool for each process: a fork has none of its parent's threads."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it belongs to
+
+    def submit(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "sha256")
+        return self._pool[1].submit(job, *args, **kwargs)
+
+
+class Upload:
+    """A body on its way in: a staging file in `.incoming/`, and its digest.
+
+    The file has a name, because btrfs before Linux 6.15.3 does not fsync files without one. It is made by
+    the first write. An upload is pushed once; any use after that raises ValueError. The caller of
+    `Repository.stage` closes it; closing removes a file that was not pushed."""
+
+    def __init__(self, files: Files, hash_threads: HashThreads, limit: int | None = None) -> None:
+        self.size = 0  # bytes
+        self.limit = limit  # bytes
+        self.fault: Exception | None = None  # set if a write failed where it could not raise; see `verify`
+        self.sealed = False  # whether the file is complete and durable
+        self._files, self._hash_threads = files, hash_threads
+        self._file, self._name, self._incoming = Descriptor(-1), "", Descriptor(-1)
+        self._sha256, self._hashed, self._read = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
+        self._hashing: Future[None] | None = None
+        self._closed = False
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the file. TooLarge: the limit is exceeded."""
+        if self.limit is not None and self.size + len(data) > self.limit:
+            raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
+        write_all(self._staged(), data)
+        self.size += len(data)
+        if self.size <= HASH_INLINE:
+            self._sha256.update(data)
+            self._hashed = self.size
+        elif self.size - self._hashed >= HASH_INLINE and (self._hashing is None or self._hashing.done()):
+            self._hashing = self._hash_threads.submit(self._hash, self.size)
+
+    def copy(self, content: Content) -> None:
+        """Append a stored file. Damaged: it was cut short."""
+        for piece in content.pieces():
+            self.write(piece)
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
+        if not self.size or not size:
+            return b""
+        piece = os.pread(self._file.fd, self.size if size < 0 else size, self._read)
+        self._read += len(piece)
+        return piece
+
+    def equals(self, content: Content) -> bool:
+        """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
+        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact."""
+        return self.size == content.artefact.size and all(
+            os.pread(self._file.fd, PIECE, start) == content.read(start, PIECE)
+            for start in range(0, self.size, PIECE)
+        )
+
+    def verify(self, length: int | None, sha256: str | None) -> None:
+        """Raise Mismatch if the written bytes have another length or digest than the ones given."""
+        if self.fault is not None:
+            raise self.fault
+        if length is not None and length != self.size:
+            raise Mismatch(f"{length} bytes were announced, {self.size} arrived. Send it again.")
+        if sha256 is not None and sha256 != self.digest():
+            raise Mismatch(f"The bytes that arrived have another SHA-256: {self.digest()}. Send it again.")
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hex, of all bytes written so far."""
+        self._end_hashing()
+        self._hash(self.size)
+        return self._sha256.hexdigest()
+
+    def seal(self, artefact: Artefact) -> None:
+        """Set the file's time and attributes, and fsync it. If that fails the upload is closed: a
+        second fsync would report a success that is none."""
+        file = self._staged()
+        os.utime(file, ns=(artefact.time * 1000, artefact.time * 1000))
+        write_attributes(file, artefact)
+        try:
+            self._files.sync(file)
+        except OSError:
+            self.close()
+            raise
+        self.sealed = True
+
+    def link(self, folder: int, name: str) -> None:
+        """Give the file another name, in an open folder. FileExistsError: the name is taken."""
+        os.link(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder, follow_symlinks=False)
+
+    def move(self, folder: int, name: str) -> None:
+        """Rename the file to `name` in an open folder: the moment of the commit."""
+        os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
+        self._name = ""
+
+    @property
+    def moved(self) -> bool:
+        """Return whether the file was moved to its name."""
+        return self._file.fd >= 0 and not self._name
+
+    @property
+    def hashing(self) -> Future[None] | None:
+        """Return the running hash job if the hash is HASH_BEHIND bytes behind the writer."""
+        return self._hashing if self.size - self._hashed >= HASH_BEHIND else None
+
+    def status(self) -> os.stat_result:
+        """Return the status of the file, which may have been moved."""
+        return os.fstat(self._file.fd)
+
+    def close(self) -> None:
+        """Free everything. A file that was not moved is removed."""
+        self._closed = True
+        self._end_hashing()
+        name, self._name = self._name, ""
+        with self._incoming as incoming, self._file:
+            if name:
+                with contextlib.suppress(FileNotFoundError):  # removed by a sweep
+                    os.unlink(name, dir_fd=incoming)
+
+    def _staged(self) -> int:
+        """Return the descriptor of the staging file, made if it is missing."""
+        if self._closed or self.moved:
+            raise ValueError("this upload is pushed or closed; stage another one")
+        if self._file.fd < 0:
+            self._incoming, name = self._files.open_own(INCOMING), self._files.unique_name()
+            self._file = Descriptor(os.open(name, STAGE, 0o666, dir_fd=self._incoming.fd))
+            self._name = name
+        return self._file.fd
+
+    def _end_hashing(self) -> None:
+        """Return when no thread hashes this upload. A job that has not started is cancelled: it would
+        wait for the hashes of others. An error in the job occurs again where the hash is completed."""
+        if self._hashing is not None and not self._hashing.cancel():
+            self._hashing.exception()
+
+    def _hash(self, end: int) -> None:
+        # From the page cache and not from a queue: however far the hash falls behind a fast
+        # client, it uses no memory and the receiving thread does not wait for it.
+        while self._hashed < end and not self._closed:
+            piece = os.pread(self._file.fd, min(HASH_INLINE, end - self._hashed), self._hashed)
+            if not piece:
+                raise Damaged("The staging file became shorter. Push the artefact again.")
+            self._sha256.update(piece)
+            self._hashed += len(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# == Versions: the earlier versions of one artefact ===============================================
+
+
+class Versions:
+    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`.
+
+    The folder's own modification time is that of the newest version. Everything that changes them is
+    called under the directory's lock."""
+
+    def __init__(self, files: Files, stage: Callable[[], Upload], directory: str,
+                 segments: Sequence[str]) -> None:
+        self._files, self._stage = files, stage
+        self._folder, self._name = (directory, *segments[:-1]), segments[-1]
+        self._path = (directory, VERSIONS, *segments)
+
+    @retry_on_estale
+    def names(self) -> list[str]:
+        """Return the names of the versions, oldest first."""
+        with self._open() or contextlib.nullcontext() as folder:
+            if folder is None:
+                return []
+            with os.scandir(folder) as entries:
+                return sorted(
+                    entry.name for entry in entries
+                    if is_version(entry.name) and entry.is_file(follow_symlinks=False)
+                )
+
+    @retry_on_estale
+    def newest_time(self) -> int:
+        """Return the time (µs) of the newest version, -1 if there is none. Does not read the names,
+        which may be thousands."""
+        with self._open() or contextlib.nullcontext() as folder:
+            return -1 if folder is None else time_of(os.fstat(folder))
+
+    def keep(self, current: Content, newest: int) -> str:
+        """Hard-link the current file under its version name and fsync. If other bytes have the name,
+        use the next microsecond. Return the version. `newest` (µs): the newest time after the commit."""
+        version = current.artefact
+        make_folder = self._files.make_folder
+        with make_folder(*self._folder) as folder, make_folder(*self._path) as versions:
+            while not self._link(current, version, folder, versions):
+                if version.time == LAST_TIME:
+                    raise Conflict(f"No version is later than '{version.id}'. Touch the file.")
+                version = replace(version, time=version.time + 1)
+            newest = max(newest, version.time)
+            os.utime(versions, ns=(newest * 1000, newest * 1000))
+            self._files.sync(versions)
+        return version.version
+
+    def _link(self, current: Content, version: Artefact, folder: int, versions: int) -> bool:
+        """Link the current file, or a copy of it if its time is another one or it belongs to another
+        user (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
+        name = version.version
+        try:
+            if version.time == current.artefact.time:
+                with contextlib.suppress(PermissionError):
+                    os.link(self._name, name, src_dir_fd=folder, dst_dir_fd=versions, follow_symlinks=False)
+                    return True
+            with self._stage() as copy:
+                copy.copy(current)
+                copy.seal(replace(version, sha256=current.digested().sha256))
+                copy.link(versions, name)
+            return True
+        except FileExistsError:  # after a crash between link and rename, or put there by hand
+            if not stat.S_ISREG(os.stat(name, dir_fd=versions, follow_symlinks=False).st_mode):
+                return False
+            with Descriptor(os.open(name, READ, dir_fd=versions)) as existing:
+                return sha256_of(existing) == current.digested().sha256
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Erase versions in this order, durably, and remove the folders that are then empty."""
+        if not names:
+            return
+        with self._files.open_folder(*self._path) as folder:
+            newest = os.fstat(folder).st_mtime_ns
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # removed by hand
+                    os.unlink(name, dir_fd=folder)
+            os.utime(folder, ns=(newest, newest))
+            self._files.sync(folder)
+        self._files.remove_while_empty(*self._path)
+
+    def prune(self, earlier: Sequence[str], added: str | None, keep: int) -> None:
+        """Erase the oldest of the earlier versions until `keep` remain with the added one, which stays
+        however old it is: a file put there by hand may have any time."""
+        others = [name for name in earlier if name != added]
+        self.drop(others[: max(0, len(others) + (added is not None) - keep)])
+
+    def _open(self) -> Descriptor | None:
+        """Return the open folder, or None if it is missing. The caller closes it."""
+        try:
+            os.lstat(f"{self._files.root}/{self._path[0]}/{VERSIONS}")  # usually missing: this saves three calls
+            return self._files.open_folder(*self._path)
+        except MISSING:
+            return None
+
+
+# == Reading: artefacts and versions, found and opened ============================================
+
+
+class Reader:
+    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode
+    is read to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
+
+    def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True) -> None:
+        self.files, self.metadata = Files(os.path.realpath(data), fsync), Metadata()
+        self.hash_threads = HashThreads()
+        self.root, self.durable = self.files.root, fsync
+
+    def directories(self) -> list[str]:
+        """Return the names of the directories, sorted."""
+        with self.files.open_folder() as root, os.scandir(root) as entries:
+            return sorted(
+                entry.name for entry in entries
+                if SEGMENT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+
+    def artefacts(self, directory: str, *, prefix: str = "", after: str = "",
+                  digests: bool = False) -> Generator[Artefact, None, None]:
+        """Yield the artefacts of a directory whose ids begin with `prefix` and sort after `after`, by
+        id. NotFound: there is no such directory. `digests`: compute the missing ones. A caller that
+        does not read to the end closes the generator."""
+        with self.open_directory(directory) as folder:
+            for id, inside, name in self.files.walk(folder, "", prefix, after):
+                artefact = self._describe(inside, name, directory, id, digests)
+                if artefact is not None:
+                    yield artefact
+
+    def fetch(self, directory: str, id: str, version: str | None = None,
+              from_memory: bool = False) -> Content:
+        """Open an artefact: the current one or the given version. The caller closes it. NotFound.
+
+        from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
+        open, and only its digest and `whole()` can be used."""
+        segments = check_names(directory, id)
+        cached = self._find_small(directory, segments, id) if from_memory and version is None else None
+        current = cached or self.current(directory, segments)
+        if current is not None:
+            if version is None or current.artefact.version == version:
+                return current
+            current.close()
+        if version is None:
+            raise NotFound(f"'{directory}' has no artefact '{id}'.")
+        # The current artefact was looked up first: it becomes a version before it is replaced.
+        at, earlier = version_time(version), None
+        with contextlib.suppress(Conflict):
+            earlier = self.find(directory, (VERSIONS, *segments, version), id, at)
+        if earlier is None:
+            raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
+        return earlier
+
+    def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
+        """Return all versions, newest first, each with whether it is the current one. NotFound: there
+        is none. Computes the digests that are not known yet."""
+        for _ in range(SCANS):
+            names, found = self.version_names(directory, id), []
+            for version, is_current in names:
+                with contextlib.suppress(NotFound), self.fetch(directory, id, version) as content:
+                    found.append((content.digested(), is_current))
+            if len(found) == len(names):
+                break  # else one was replaced or erased meanwhile
+        return found
+
+    def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
+        """Return the names of all versions, newest first, each with whether it is the current one.
+        NotFound: there is none. Opens no version."""
+        segments = check_names(directory, id)
+        versions = self.versions_of(directory, segments)
+        earlier, before, current = versions.names(), None, None
+        while earlier != before:  # else a commit made the current one an earlier one meanwhile
+            with self.current(directory, segments) or contextlib.nullcontext() as content:
+                current = content and content.artefact.version
+            before, earlier = earlier, versions.names()
+        if current is None and not earlier:
+            raise NotFound(f"'{directory}' has no artefact '{id}', and no versions of it.")
+        names = {*earlier, current} if current is not None else {*earlier}
+        return [(name, name == current) for name in sorted(names, reverse=True)]
+
+    def version_at(self, directory: str, id: str, at: int) -> str:
+        """Return the newest version stored at or before `at` (µs since the epoch). NotFound: none."""
+        for version, _ in self.version_names(directory, id):
+            if version_time(version) <= at:
+                return version
+        raise NotFound(f"'{id}' has no version as old as that. ?versions lists them.")
+
+    def verify(self) -> Iterator[tuple[Artefact, str]]:
+        """Read every artefact and every version, and yield each with what its bytes are: as
+        `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
+        for directory in self.directories():
+            for path in ((directory,), (directory, VERSIONS)):
+                unreadable: list[tuple[str, OSError]] = []
+                try:
+                    with self.files.open_folder(*path) as folder:
+                        yield from self._verify_folder(folder, path, unreadable)
+                except FileNotFoundError:  # no versions, or removed meanwhile
+                    pass
+                except OSError as error:
+                    unreadable.append(("", error))
+                for id, reason in unreadable:
+                    log.error("%s/%s: %s", "/".join(path), id, reason)
+                    yield Artefact(directory, "/".join((*path[1:], id)), 0, 0, "", None), "unreadable"
+
+    def _verify_folder(self, folder: int, path: Sequence[str],
+                       unreadable: list[tuple[str, OSError]]) -> Iterator[tuple[Artefact, str]]:
+        for id, inside, name in self.files.walk(folder, longest=MAX_ID + 32, unreadable=unreadable):
+            of, time = id, None
+            if VERSIONS in path:
+                of = id.rpartition("/")[0]
+                if not of or not is_version(name):
+                    continue
+                time = version_time(name)
+            try:
+                with self._open(inside, name, path[0], of, time) as content:
+                    yield content.verified()
+            except (FileNotFoundError, Conflict):  # removed meanwhile; no file
+                pass
+            except OSError as error:
+                if error.errno not in NOT_A_FILE:
+                    unreadable.append((id, error))
+
+    # -- lookups --
+
+    @retry_on_estale
+    def open_directory(self, directory: str) -> Descriptor:
+        """Return an open directory. The caller closes it. NotFound."""
+        check_segment(directory, "directory")
+        try:
+            return self.files.open_folder(directory)
+        except MISSING:
+            detail = f"The directory '{directory}' does not exist. It is created by the first push."
+            raise NotFound(detail) from None
+
+    @retry_on_estale
+    def find(self, directory: str, path: Sequence[str], id: str = "",
+             time: int | None = None) -> Content | None:
+        """Open the file at a path below a directory, or return None if there is none. The caller
+        closes it. Conflict: something else has the name. `id` and `time` (µs) are those of a version."""
+        id = id or "/".join(path)
+        try:
+            with self.files.open_folder(directory, *path[:-1]) as folder:
+                return self._open(folder, path[-1], directory, id, time)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno in NOT_A_FILE:
+                raise in_the_way(id) from None
+            raise
+
+    def current(self, directory: str, segments: Sequence[str]) -> Content | None:
+        """Open the current artefact, or return None if there is none, whatever else has the name."""
+        try:
+            return self.find(directory, segments)
+        except Conflict:
+            return None
+
+    def versions_of(self, directory: str, segments: Sequence[str]) -> Versions:
+        return Versions(self.files, self.stage, directory, segments)
+
+    def stage(self, limit: int | None = None) -> Upload:
+        """Return a new upload of at most `limit` bytes. The caller closes it."""
+        return Upload(self.files, self.hash_threads, limit)
+
+    def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
+        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
+        Conflict: something else has the name. `time`: µs, of a version."""
+        with (file := Descriptor(os.open(name, READ, dir_fd=folder))) as fd:
+            status = os.fstat(fd)
+            if stat.S_ISDIR(status.st_mode) and next(self.files.walk(fd), None) is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            if not stat.S_ISREG(status.st_mode):
+                raise in_the_way(id)
+            artefact = self.metadata.read(directory, id, fd, status)
+            if time is not None and time != artefact.time:
+                artefact = replace(artefact, time=time)
+            return Content(self.metadata, artefact, Descriptor(file.release()), status)
+
+    def _find_small(self, directory: str, segments: Sequence[str], id: str) -> Content | None:
+        """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
+        opening it tells why."""
+        try:
+            with self.files.open_folder(directory, *segments[:-1]) as folder:
+                status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return None
+        content = self.metadata.small.get(identity(status))
+        return content if content is not None and content.artefact.is_named(directory, id) else None
+
+    @retry_on_estale
+    def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact | None:
+        """Return the artefact of this name in an open folder; None if it is gone or no file. If it
+        may not be read, return what its name and its folder tell. `digest`: compute a missing digest."""
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            known = self.metadata.cached(directory, id, status)
+            if known is not None and (known.sha256 is not None or not digest):
+                return known  # the file need not be opened
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            with self._open(folder, name, directory, id) as content:
+                return content.digested() if digest else content.artefact
+        except (FileNotFoundError, Conflict):
+            return None
+        except PermissionError:
+            if digest:
+                raise
+            return Artefact(directory, id, status.st_size, time_of(status), type_of(id), None)
+
+
+# == The repository ===============================================================================
+
+Check = Callable[[Content | None], None]  # gets the current artefact before it changes; raises to refuse
+
+
+def accept_any(current: Content | None) -> None:
+    """Accept any current state: the check of an unconditional write."""
+
+
+class Repository(Reader):
+    """Artefacts in directories, as plain files under one data directory. A change is durable when its
+    method returns. Knows nothing of HTTP.
+
+    Any number of instances, in any number of processes, may work on one data directory: all state is on
+    disk, and every decision is made under a lock of the file system."""
+
+    def __init__(self, data: str | os.PathLike[str] = "data", *,
+                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True) -> None:
+        """Make the data directory if it is missing, and remove what crashes left.
+
+        keep_versions: how many versions before the current one are kept (ALL: every one), or a function
+        of the directory. fsync: False gives up durability in a power cut."""
+        super().__init__(data, fsync=fsync)
+        self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
+        self.files.make_root()
+        for name in (INCOMING, LOCKS, TRASH):
+            self.files.open_own(name).close()
+        self.sweep()
+
+    def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
+        """Raise what a push of `size` bytes would raise now, as far as that is known without the
+        bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
+        segments = check_names(directory, id)
+        with self.find(directory, segments) or contextlib.nullcontext() as current:
+            check(current)
+        self.check_space(size)
+
+    def check_space(self, size: int) -> None:
+        """Raise OutOfSpace if fewer than `size` bytes are free."""
+        free = os.statvfs(self.root)
+        if size > free.f_bavail * free.f_frsize:
+            raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
+
+    def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None,
+             check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
+        """Commit an upload under its name. Return the current artefact and whether it is new. A push
+        of the bytes that are already current changes nothing.
+
+        `check` gets the current artefact (or None) under the lock; what it raises is passed on.
+        Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
+        BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
+        segments = check_names(directory, id)
+        versions = self.versions_of(directory, segments)
+        # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
+        # no fsync, and large ones are not compared under the lock.
+        new = Artefact(directory, id, upload.size, current_time(), type_of(id, type), upload.digest())
+        compared = self._compare(upload, new, segments) if self.durable else None
+        if compared is None:
+            upload.seal(new)
+        # 2. Take the directory's lock.
+        with (lock := self.files.lock(directory, wait)):
+            with self.find(directory, segments) or contextlib.nullcontext() as current:
+                # 3. Check the preconditions against the current state.
+                check(current)
+                # 4. Make missing folders durable.
+                with self.files.make_folder(directory, *segments[:-1]) as folder:
+                    if current is not None and is_identical(current, upload, new, compared):
+                        new = current.artefact
+                        self.files.sync(current.file.fd)  # a file put there by hand may not be durable
+                    else:
+                        new = self._replace(upload, new, current, folder, versions)
+                    # 5. Release the lock, so that the fsyncs of many pushes overlap, and fsync the folder.
+                    lock.close()
+                    self.files.sync(folder)
+                if upload.moved:
+                    self.metadata.known.keep(identity(upload.status()), new)
+                    if current is not None:
+                        self.metadata.known.pop(identity(current.status), None)
+        return new, current is None
+
+    def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int,
+                 versions: Versions) -> Artefact:
+        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the
+        new artefact, whose version is later than all others."""
+        keep, name = self.keeps(new.directory), new.id.rpartition("/")[2]
+        earlier = [] if keep == ALL else versions.names()
+        newest = max(
+            current.artefact.time if current is not None else -1,
+            version_time(earlier[-1]) if earlier else -1,
+            versions.newest_time() if earlier or keep == ALL else -1,
+        )
+        if new.time <= newest or not upload.sealed:
+            new = replace(new, time=min(max(newest + 1, current_time()), LAST_TIME))
+            upload.seal(new)
+        kept = versions.keep(current, new.time) if current is not None and keep else None
+        if kept is not None and version_time(kept) >= new.time:
+            new = replace(new, time=min(version_time(kept) + 1, LAST_TIME))
+            upload.seal(new)
+        try:
+            upload.move(folder, name)
+        except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
+            self.files.remove_empty(folder, name)
+            upload.move(folder, name)
+        if earlier:
+            self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
+            versions.prune(earlier, kept, keep)
+        return new
+
+    def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str]) -> tuple[int, ...] | None:
+        """Return the identity of the current file if it has the upload's bytes, else None."""
+        with self.find(new.directory, segments) or contextlib.nullcontext() as current:
+            if current is not None and is_identical(current, upload, new, None):
+                return identity(current.status)
+        return None
+
+    def restore(self, directory: str, id: str, version: str, *,
+                check: Check = accept_any) -> tuple[Artefact, bool]:
+        """Push the bytes and the type of an earlier version as a new version, as `push` does.
+        NotFound: there is no such version. Damaged: its bytes are not those that were stored."""
+
+        def check_both(current: Content | None) -> None:
+            self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
+            check(current)
+
+        with self.fetch(directory, id, version) as content, self.stage() as upload:
+            upload.copy(content)
+            if content.artefact.sha256 not in (None, upload.digest()):
+                raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
+            return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
+
+    def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
+        """Delete an artefact. If versions are kept, it becomes one. NotFound."""
+        segments, keep = check_names(directory, id), self.keeps(directory)
+        self.fetch(directory, id).close()  # NotFound: no lock file is made
+        versions = self.versions_of(directory, segments)
+        with self.files.lock(directory), self.fetch(directory, id) as current:
+            check(current)
+            earlier, kept = versions.names() if keep < ALL else [], None
+            if keep:
+                kept = versions.keep(current, max(current.artefact.time, versions.newest_time()))
+            self._unlink(directory, segments)
+            versions.prune(earlier, kept, keep)
+
+    def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
+        """Erase one earlier version. NotFound. Conflict: it is the current one."""
+        self.fetch(directory, id, version).close()
+        versions = self.versions_of(directory, check_names(directory, id))
+        with self.files.lock(directory), self.fetch(directory, id, version) as content:
+            check(content)
+            if version not in versions.names():
+                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
+            versions.drop([version])
+
+    def erase_all(self, directory: str, id: str, *, check: Check = accept_any) -> None:
+        """Erase an artefact with all its versions. NotFound: there is neither."""
+        self.version_names(directory, id)
+        segments = check_names(directory, id)
+        versions = self.versions_of(directory, segments)
+        with self.files.lock(directory):
+            with self.current(directory, segments) or contextlib.nullcontext() as current:
+                check(current)
+                if current is not None:
+                    self._unlink(directory, segments)
+            versions.drop(versions.names())
+
+    def delete_directory(self, directory: str) -> None:
+        """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
+        self.open_directory(directory).close()
+        name = self.files.unique_name()
+        with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
+            with self.files.lock(directory):
+                self.open_directory(directory).close()  # a folder, not a symbolic link
+                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                self.files.sync(root)
+            with contextlib.suppress(OSError):  # so that a sweep takes it for new; it is removed below
+                os.utime(name, dir_fd=trash, follow_symlinks=False)
+            self._discard(trash, TRASH, name)
+
+    def sweep(self) -> None:
+        """Remove what crashes left in `.incoming/` and `.trash/` more than a day ago."""
+        for own in (INCOMING, TRASH):
+            with self.files.open_own(own) as folder:
+                for name in os.listdir(folder):
+                    with contextlib.suppress(FileNotFoundError):  # swept by another process
+                        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                        if status.st_mtime < time.time() - SWEEP_AFTER:
+                            self._discard(folder, own, name)
+
+    def _discard(self, folder: int, own: str, name: str) -> None:
+        """Remove a staging file or a trash folder. If that fails the log says so, and a later sweep
+        tries again."""
+        try:
+            self.files.remove_tree(folder, name)
+        except FileNotFoundError:  # swept by another process
+            pass
+        except OSError as error:
+            log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
+
+    def _unlink(self, directory: str, segments: Sequence[str]) -> None:
+        """Remove an artefact's name, durably, and the folders that are then empty."""
+        with self.files.open_folder(directory, *segments[:-1]) as folder:
+            os.unlink(segments[-1], dir_fd=folder)
+            self.files.sync(folder)
+        self.files.remove_while_empty(directory, *segments[:-1])
+
+
+def is_identical(current: Content, upload: Upload, new: Artefact, compared: tuple[int, ...] | None) -> bool:
+    """Return whether the current file has the upload's bytes. `compared`: the identity of a file that
+    is known to have them."""
+    if current.artefact.size != new.size or current.digested().sha256 != new.sha256:
+        return False
+    return identity(current.status) == compared or upload.equals(current)
+
+
+class InvalidRequest(ArtefactsError):
+    """temp"""
+class Unreadable(ArtefactsError):
+    """temp"""
+class HeaderTooLarge(ArtefactsError):
+    """temp"""
+class Unimplemented(ArtefactsError):
+    """temp"""
+class Unsupported(ArtefactsError):
+    """temp"""
+class UnsatisfiableRange(ArtefactsError):
+    """temp"""
+class Unauthenticated(ArtefactsError):
+    """temp"""
+class Forbidden(ArtefactsError):
+    """temp"""
 
 
 # == HTTP semantics: pure functions of header text and validators =================================
@@ -1955,7 +1985,7 @@ def preconditions(req: falcon.Request) -> Check:
         if failed_precondition(req.method, conditions, etag, modified):
             raise changed()
 
-    return check if conditions else no_check
+    return check if conditions else accept_any
 
 
 def absence(directory: str, check: Check, settings: Settings) -> Check:
@@ -2682,12 +2712,11 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
     return application(make_repository(data, settings, fsync), settings)
 
 
-def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool, *,
-                    make: bool = True) -> Repository:
+def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool) -> Repository:
     def keep_versions(directory: str) -> int:
         return int(settings.of(directory, "keep_versions"))
 
-    return Repository(data, keep_versions=keep_versions, fsync=fsync, make=make)
+    return Repository(data, keep_versions=keep_versions, fsync=fsync)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
@@ -3140,6 +3169,8 @@ class Connection:
         """Begins to send the answer to the request under way, or to what is none."""
         status, fields, body, who = answer
         request, environ = self.request, self.request.environ if self.request else {}
+        if request is not None:
+            close_body(request.upload)  # before the client is answered: nothing of a refused upload is left then
         version, length = environ.get("SERVER_PROTOCOL", "HTTP/1.1"), dict(fields).get("content-length")
         ended = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
         chunked = not ended and version == "HTTP/1.1"
@@ -3394,7 +3425,7 @@ def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
     return converted
 
 
-def verify(repository: Repository) -> int:
+def verify(repository: Reader) -> int:
     """Tells of everything that is not as it was stored; 1 where something is damaged or unreadable. On
     a terminal with a progress bar."""
     counts, read = dict.fromkeys(("whole", "new", "changed", "damaged", "unreadable"), 0), 0
@@ -3491,12 +3522,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(new_token(options.new_token))
             return 0
         settings = settings_of(options)
-        repository = make_repository(options.data, settings, not options.no_fsync, make=not options.verify)
         if options.verify:
             with contextlib.suppress(KeyboardInterrupt):
-                return verify(repository)
+                return verify(Reader(options.data))
             return 130
+        repository = make_repository(options.data, settings, not options.no_fsync)
         server = make_server(application(repository, settings), repository, options)
+    except Unavailable as error:
+        sys.stderr.write(f"artefacts.py: {options.data}: {error}\n")
+        return 2
     except OSError as error:
         where = error.filename or f"{options.host}:{options.port}"
         sys.stderr.write(f"artefacts.py: {where}: {error.strerror}\n")
