@@ -101,7 +101,8 @@ INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
 HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
-HASH_BEHIND = 4 * HASH_INLINE  # bytes staged and not hashed: from here on the hash limits the upload
+HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
+HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 SWEEP_AFTER = 24 * 3600  # seconds: older files in .incoming and .trash were left by a crash
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
@@ -492,29 +493,30 @@ class Files:
     def remove_tree(self, parent: int, name: str) -> None:
         """Remove a file, or a folder with everything below it, from an open folder.
 
-        Folders are first moved up into `parent`, so that any depth needs few descriptors and no
+        Folders are first moved up into the outermost one, so that any depth needs few descriptors and no
         recursion: shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=parent)
+            return
         folders: list[str] = []
+        with open_writable(parent, name) as top:
 
-        def remove(folder: int, name: str) -> None:
-            try:
-                os.unlink(name, dir_fd=folder)
-            except (IsADirectoryError, PermissionError):  # the latter on macOS
-                if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                    raise
-                with Descriptor(os.open(name, FOLDER, dir_fd=folder)) as child:
-                    with contextlib.suppress(PermissionError):
-                        os.fchmod(child, 0o700)  # a read-only folder can be neither moved nor emptied
-                folders.append(self.unique_name())
-                os.rename(name, folders[-1], src_dir_fd=folder, dst_dir_fd=parent)
-
-        remove(parent, name)
-        while folders:
-            name = folders.pop()
-            with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+            def empty(folder: int) -> None:
                 for child in os.listdir(folder):
-                    remove(folder, child)
-            os.rmdir(name, dir_fd=parent)
+                    if stat.S_ISDIR(os.stat(child, dir_fd=folder, follow_symlinks=False).st_mode):
+                        open_writable(folder, child).close()  # a read-only folder cannot be moved
+                        folders.append(self.unique_name())
+                        os.rename(child, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
+                    else:
+                        os.unlink(child, dir_fd=folder)
+
+            empty(top)
+            while folders:
+                name_in_top = folders.pop()
+                with open_writable(top, name_in_top) as folder:
+                    empty(folder)
+                os.rmdir(name_in_top, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -537,6 +539,14 @@ class Files:
                     if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                         return
                     raise
+
+
+def open_writable(parent: int, name: str) -> Descriptor:
+    """Return an open folder whose permissions allow to remove what is in it, if it is ours."""
+    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+    with contextlib.suppress(PermissionError):
+        os.fchmod(folder.fd, 0o700)
+    return folder
 
 
 def in_the_way(path: str) -> Conflict:
@@ -761,7 +771,7 @@ class Upload:
         if self.size <= HASH_INLINE:
             self._sha256.update(data)
             self._hashed = self.size
-        elif self.size - self._hashed >= HASH_INLINE and (self._hashing is None or self._hashing.done()):
+        elif self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
             self._hashing = self._hash_threads.submit(self._hash, self.size)
 
     def copy(self, content: Content) -> None:
@@ -866,7 +876,7 @@ class Upload:
         # From the page cache and not from a queue: however far the hash falls behind a fast
         # client, it uses no memory and the receiving thread does not wait for it.
         while self._hashed < end and not self._closed:
-            piece = os.pread(self._file.fd, min(HASH_INLINE, end - self._hashed), self._hashed)
+            piece = os.pread(self._file.fd, min(HASH_PIECE, end - self._hashed), self._hashed)
             if not piece:
                 raise Damaged("The staging file became shorter. Push the artefact again.")
             self._sha256.update(piece)

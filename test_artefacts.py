@@ -1632,7 +1632,7 @@ def test_verify_goes_on_behind_what_cannot_be_read(data: Path, capsys: pytest.Ca
 
 def test_verify_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert a.main(["--verify", "--data", str(tmp_path / "typo")]) == 2 and not os.listdir(tmp_path)
-    assert "typo: No such file or directory" in capsys.readouterr().err
+    assert "typo: The data directory does not exist" in capsys.readouterr().err
     drop(tmp_path / "backup/app/x", b"one")
     assert a.main(["--verify", "--data", str(tmp_path / "backup")]) == 0
     assert os.listdir(tmp_path / "backup") == ["app"]
@@ -3418,7 +3418,7 @@ def stalled(self, until, original=artefacts.Upload._hash):
     while not os.path.exists(GO):
         time.sleep(0.01)
     original(self, until)
-artefacts.Upload._hash = stalled
+artefacts.Upload._hash, artefacts.HASH_INLINE = stalled, 0
 """
 
 
@@ -3430,7 +3430,7 @@ def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, the
     code = STALLED.replace("GO", repr(str(go)))
     if then == "silent":
         code += f"{timeout}channel_timeout = 2; {timeout}cleanup_interval = 0\n"
-    body = os.urandom(a.HASH_BEHIND + a.HASH_INLINE + 4 * a.GATHERED + 100_000)
+    body = os.urandom(a.HASH_BEHIND + 4 * a.GATHERED + 100_000)
 
     def received() -> int:
         return sum(file.stat().st_size for file in (tmp_path / "data/.incoming").iterdir())
@@ -3440,7 +3440,7 @@ def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, the
         program.connect() as connection,
     ):
         connection.send(head("PUT", "/artefacts/app/x", f"Content-Length: {len(body)}"))
-        sent = a.HASH_BEHIND + a.HASH_INLINE
+        sent = a.HASH_BEHIND
         connection.send(body[:sent])
         eventually(lambda: received() == sent)
         if then == "hashed":
