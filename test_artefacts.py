@@ -1,4 +1,4 @@
-"""What the program promises: of the repository alone, in stories; of its rules, in tables; over HTTP."""
+"""Check the contract of artefacts.py. The sections follow the parts of the module."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ def sha256(content: bytes) -> str:
 
 T1, T2, T3 = "20240101T000000.000001Z", "20240102T000000.000002Z", "20240103T000000.000003Z"
 V1, V2 = "20240101T000000.000000Z", "20240102T000000.000000Z"
-LARGE_BODY = random.Random(1).randbytes(3 * 1024 * 1024 + 1)  # more than is held in memory
-LARGE_SIZE = 200 * 1024 * 1024
+LARGE_BODY = random.Random(1).randbytes(3 * 1024 * 1024 + 1)  # more than an upload keeps in memory
+LARGE_SIZE = 200 * 1024 * 1024  # bytes
 PROGRAM = Path(a.__file__)
 IMPORT = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import artefacts; "
-MAX_SIZE = 100 << 20  # bytes, of the program that most of these tests talk to
+MAX_SIZE = 100 << 20  # bytes; --max-size of the fixture `program`
 EXISTING = "/artefacts/app/there"
 ABSENT = "/artefacts/app/new"
 CHUNKED = "Transfer-Encoding: chunked"
 FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
 MULTIPART = "Content-Type: multipart/form-data; boundary=b"
 BASIC = "application/octet-stream"
-TIME = 784111777  # RFC 9110 §5.6.7
+TIME = 784111777  # the example of RFC 9110 §5.6.7
 DATE, LATER, EARLIER = (a.http_date(TIME + seconds) for seconds in (0, 1, -1))
 DIGEST, OTHER = sha256(b"one"), sha256(b"two")
 B64 = base64.b64encode(bytes.fromhex(DIGEST)).decode()
 ONE, TWO, NEW = (f'"{sha256(content)}"' for content in (b"one", b"two", b"new"))
-MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2
+MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2 as a header field
 INITIAL = {"app/x.txt": b"two", f"app/.versions/x.txt/{T1}": b"one", "app/f/y": b"why"}
 RESTORE = f"POST /app/x.txt?restore={T1}"
 READER, CI, IDLE, COLON = "of-the-reader", "of-the-builder", "of-one-without-rights", "p:ss:wörd"
@@ -85,19 +85,19 @@ Rules = list[tuple[Callable[..., object], list[tuple[Any, ...]]]]  # a function;
 
 
 def next_version(version: str) -> str:
-    """The name of what was stored a microsecond later."""
+    """Return the name of a version that is one microsecond later."""
     return a.Artefact("", "", 0, a.version_time(version) + 1, "", None).version
 
 
 def add_file(file: Path, content: bytes, version: str = T1) -> None:
-    """Drops a file in by hand, as if it had been stored at the instant that the version names."""
+    """Write a file by hand, with the modification time that the version names."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
 
 
 def fill(data: Path, *directories: str) -> Path:
-    """The same in each directory: x and its earlier version, dropped in by hand. The data directory."""
+    """Write x and one earlier version by hand into each directory. Return the data directory."""
     for directory in directories:
         for name, version in (("x", V2), (f".versions/x/{V1}", V1)):
             file = data / directory / name
@@ -108,8 +108,11 @@ def fill(data: Path, *directories: str) -> Path:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """What is below: each file, link (its target) and empty folder (with a slash); without the lock
-    files and without the repository's own folders where they are empty."""
+    """Return the content of each file below a folder, by relative path.
+
+    A link has its target as its content. An empty folder ends in a slash. Lock files are left out,
+    and so are the repository's own folders if they are empty.
+    """
     found = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -131,7 +134,7 @@ def stored(data: Path, directory: str = "app") -> dict[str, bytes]:
 
 
 def require_attributes(data: Path) -> None:
-    """Skips where the file system has no extended attributes."""
+    """Skip the test if the file system has no extended attributes."""
     try:
         os.setxattr(data, "user.test", b"")
     except (AttributeError, OSError):
@@ -139,11 +142,11 @@ def require_attributes(data: Path) -> None:
 
 
 def without_privileges() -> list[str]:
-    """What a command begins with, if permissions are to hold for it."""
+    """Return the words to put before a command, so that file permissions apply to it even for root."""
     if os.geteuid():
         return []
     if shutil.which("setpriv") is None:
-        pytest.skip("permissions do not hold for root, and there is no setpriv")
+        pytest.skip("file permissions do not apply to root, and setpriv is not installed")
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
@@ -161,13 +164,13 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def repository(data: Path) -> a.Repository:
-    """One that keeps no versions."""
+    """Return a repository that keeps no versions."""
     return a.Repository(data)
 
 
 @pytest.fixture
 def versioned(data: Path) -> a.Repository:
-    """One that keeps two versions."""
+    """Return a repository that keeps two versions."""
     return a.Repository(data, keep_versions=2)
 
 
@@ -184,8 +187,10 @@ def fetched(repository: a.Repository, id: str, version: str | None = None) -> by
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    """The calls that a commit consists of, in order: fsync with the inode, the others with the
-    name that they make or remove. All are carried out."""
+    """Record the system calls of a commit, in order, while they are carried out.
+
+    fsync is recorded with the inode, the others with the name that they create or remove.
+    """
     events: Events = []
 
     def record(call: str) -> None:
@@ -204,7 +209,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 
 def in_order(events: Events, *wanted: tuple[str, Path | str]) -> None:
-    """That these were called, one after the other."""
+    """Assert that these calls were made in this order. Other calls may stand between them."""
     rest = iter(events)
     for call, what in wanted:
         event = (call, what.stat().st_ino if isinstance(what, Path) else what)
@@ -226,7 +231,7 @@ def check(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
 
 @pytest.fixture
 def client(data: Path) -> testing.TestClient:
-    """What INITIAL has, where two versions are kept."""
+    """Return a client of an application that holds INITIAL and keeps two versions."""
     for (name, content), version in zip(INITIAL.items(), (T2, T1, T3), strict=True):
         add_file(data / name, content, version)
     return testing.TestClient(a.create_app(data, keep_versions=2, fsync=False))
@@ -244,7 +249,7 @@ def client_of(data: Path, config: str, **options: Any) -> testing.TestClient:
 
 
 def call(client: testing.TestClient, request: str, **options: Any) -> testing.Result:
-    """`GET /path?query`; with the body `new` where it may have one, unless another is given."""
+    """Send a request such as `GET /path?query`. PUT, POST and PATCH have the body `new` by default."""
     method, _, target = request.partition(" ")
     path, _, query = target.partition("?")
     options = {"body": b"new" if method in ("PUT", "POST", "PATCH") else b"", **options}
@@ -293,18 +298,18 @@ STATUS = ("-o", "answer", "-w", "%{http_code} %{size_upload}")
 
 
 def head(method: str, path: str, *fields: str, version: str = "1.1") -> bytes:
-    """A request's header."""
+    """Return the header of a request."""
     lines = (f"{method} {path} HTTP/{version}", "Host: localhost", *fields, "", "")
     return "\r\n".join(lines).encode("latin-1")
 
 
 def put(path: str, body: bytes, *fields: str, method: str = "PUT") -> bytes:
-    """A request with its body."""
+    """Return a request with its body."""
     return head(method, path, f"Content-Length: {len(body)}", *fields) + body
 
 
 def pieces(body: bytes, size: int) -> bytes:
-    """A body in the chunked coding."""
+    """Return a body in the chunked transfer coding."""
     cut = (body[start : start + size] for start in range(0, len(body), size))
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut) + b"0\r\n\r\n"
 
@@ -320,16 +325,16 @@ class Answer:
         return str(self.headers["ETag"])
 
     def is_problem(self, status: int) -> bool:
-        """Fails unless it is an error as they all are told: RFC 9457, and no word of our insides."""
+        """Assert that it is a problem (RFC 9457) with this status that reveals nothing internal."""
         assert (self.status, self.headers["Content-Type"]) == (status, "application/problem+json"), self
-        told = json.loads(self.body)
-        assert told["status"] == status and told["title"] and len(told["detail"]) > 10
-        assert "Traceback" not in told["detail"] and "/tmp" not in told["detail"]
+        problem = json.loads(self.body)
+        assert problem["status"] == status and problem["title"] and len(problem["detail"]) > 10
+        assert "Traceback" not in problem["detail"] and "/tmp" not in problem["detail"]
         return True
 
 
 class Connection:
-    """A client that sends what it is told to, and reads answers as strictly as the RFC has them."""
+    """Send raw bytes and read responses strictly by RFC 9112."""
 
     def __init__(self, port: int, receive_buffer: int = 0) -> None:
         with contextlib.ExitStack() as on_error:
@@ -371,11 +376,11 @@ class Connection:
         return self.send(request).answer(to_head=request.startswith(b"HEAD "))
 
     def ends(self) -> bool:
-        """Whether the server closes the connection and sends nothing more."""
+        """Return whether the server closes the connection without sending another byte."""
         return self.file.read() == b""
 
     def abort(self) -> None:
-        """Goes as a machine goes that loses its power: with a reset."""
+        """Reset the connection, as after a crash of the client."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -391,8 +396,11 @@ class Connection:
 
 
 class Program:
-    """`python artefacts.py` as a process, with warnings as errors, and nothing else in its log but
-    lines that match `logged`."""
+    """Run `python artefacts.py` as a process, with warnings as errors.
+
+    Leaving the context stops it, and asserts that it exits with 0 and logs only request lines and lines that
+    match `logged`.
+    """
 
     def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),),
                  before: Sequence[str] = (), logged: str = "(?!)") -> None:  # fmt: skip
@@ -404,7 +412,7 @@ class Program:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
-        with self.process.stdout as output:  # one line, and nothing after it
+        with self.process.stdout as output:  # the program writes one line and nothing after it
             url = re.fullmatch(r"http://127\.0\.0\.1:([0-9]+)/artefacts/\n", output.readline())
         assert url is not None, self.log.read_text()
         self.port = int(url[1])
@@ -413,7 +421,7 @@ class Program:
         return Connection(self.port, receive_buffer)
 
     def ask(self, request: bytes) -> Answer:
-        """One request on a connection of its own."""
+        """Send one request on a new connection and return the response."""
         with self.connect() as connection:
             return connection.ask(request)
 
@@ -428,7 +436,7 @@ class Program:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Its exit status."""
+        """Send a signal, wait for the end and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(20)
 
@@ -456,7 +464,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def large(program: Program) -> bytes:
-    """The bytes of /artefacts/app/large: more than the buffers of a connection hold."""
+    """Store /artefacts/app/large, which is larger than the buffers of a connection, and return its bytes."""
     body = os.urandom(40_000_000)
     assert program.ask(put("/artefacts/app/large", body)).status == 201
     return body
@@ -464,7 +472,7 @@ def large(program: Program) -> bytes:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Program]]:
-    """Two processes that serve one data directory."""
+    """Run two processes that serve one data directory."""
     data = tmp_path_factory.mktemp("pair") / "data"
     with Program(data) as one, Program(data) as other:
         yield [one, other]
@@ -472,7 +480,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Program]]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """With tokens."""
+    """Run the program with tokens."""
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "c.toml").write_text(TOKENS + 'directory = [{name = "app-*", max_size = 10}]')
     data = fill(folder / "data", "public", "app-1", "secret")
@@ -482,7 +490,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """Without tokens, on the loopback. Beside its data lies what it must not touch."""
+    """Run the program without tokens, on the loopback. Assert that no file beside its data changes."""
     folder = tmp_path_factory.mktemp("exposed")
     outside, data = folder / "outside", fill(folder / "data", "app", "app/d")
     for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
@@ -506,19 +514,19 @@ def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
 
 
 def refused(answer: Answer, request: object) -> bool:
-    """Fails unless it is a 4xx with a detail, and nothing of the request is in its header."""
+    """Assert that it is a problem with a 4xx status, and that the request injected no header field."""
     assert 400 <= answer.status < 500, (answer.status, request)
     return answer.is_problem(answer.status) and "X-Evil" not in answer.headers
 
 
 def open_count(program: Program, name: str) -> int:
-    """How often it has the file open."""
+    """Return how many file descriptors of the process refer to the file."""
     files = Path(f"/proc/{program.process.pid}/fd")
     return sum(os.path.realpath(file).endswith(f"/{name}") for file in files.iterdir())
 
 
 def start_upload(program: Program) -> Connection:
-    """An upload that has begun."""
+    """Send a part of an upload and wait until the program has received some of it."""
     connection = program.connect()
     connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 600000") + bytes(500_000))
     eventually(program.incoming)
@@ -526,7 +534,7 @@ def start_upload(program: Program) -> Connection:
 
 
 def send_together(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
-    """The statuses of requests that are all sent at one moment, to both processes in turn."""
+    """Send all requests at the same moment, alternately to both processes. Return the sorted statuses."""
     ready = threading.Barrier(len(requests))
 
     def send(number: int) -> int:
@@ -539,12 +547,12 @@ def send_together(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
 
 
 def fault(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The one line with which a start ends. Were nothing refused, it would say that the port is taken."""
+    """Return the error line of a refused start. A start that is not refused reports a used port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert a.main([f"--port={taken.getsockname()[1]}", *options]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("artefacts.py: ") and told.err.count("\n") == 1, told
-    return told.err
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("artefacts.py: ") and shown.err.count("\n") == 1, shown
+    return shown.err
 
 
 class Served(NamedTuple):
@@ -555,7 +563,7 @@ class Served(NamedTuple):
     pid: int
 
     def peak(self, *, anew: bool = False) -> int:
-        """The most memory that it held, in bytes; `anew`: from now on."""
+        """Return the peak of the resident memory in bytes. With `anew`, restart the measurement."""
         if anew:
             Path(f"/proc/{self.pid}/clear_refs").write_text("5")
         status = Path(f"/proc/{self.pid}/status").read_text()
@@ -577,9 +585,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
     def run(*arguments: str, input: bytes = b"") -> str:
-        """What curl writes, `@` in its arguments standing for the server."""
-        there = [argument.replace("@/", f"http://127.0.0.1:{program.port}/") for argument in arguments]
-        command = ["curl", "-sS", "-m", "20", *there]
+        """Run curl and return its output. `@/` in an argument stands for the server's URL."""
+        expanded = [argument.replace("@/", f"http://127.0.0.1:{program.port}/") for argument in arguments]
+        command = ["curl", "-sS", "-m", "20", *expanded]
         done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done
         return done.stdout.decode()
@@ -589,14 +597,14 @@ def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
 
 
 def run_curl(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """The status and the JSON that it got."""
+    """Run curl and return the status and the JSON of the response."""
     command = ["curl", "-sS", "-w", "%{http_code}", *arguments]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(answer[-3:]), json.loads(answer[:-3])
 
 
 def pipe(url: str, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """curl URL | command"""
+    """Run `curl URL | command` in a folder."""
     script = f"set -o pipefail; curl -fsS '{url}' | {command}"
     return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
 
@@ -609,7 +617,7 @@ TREE = {
 
 @pytest.fixture(scope="module")
 def tree_url(served: Served) -> str:
-    """A directory of odd artefacts, the first of them stored in 2001."""
+    """Store the artefacts of TREE and return their URL. The first one gets a time in 2001."""
     for id, content in TREE.items():
         with closing(http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)) as connection:
             connection.request("PUT", f"/artefacts/tree/{quote(id)}", content)
@@ -698,19 +706,19 @@ def test_artefact_and_folder_cannot_share_a_name(data: Path, versioned: a.Reposi
     for id in "a/b", "a/b/c", "b", "b/c":
         with pytest.raises(a.Conflict):
             push(versioned, id, b"3")
-        for gone in versioned.fetch, versioned.delete:
+        for operation in versioned.fetch, versioned.delete:
             with pytest.raises(a.NotFound):
-                gone("app", id)
+                operation("app", id)
     add_file(data / "file", b"4")
     with versioned.stage() as upload, pytest.raises(a.Conflict):
         versioned.push(upload, "file", "x")
     assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4"}
     (data / "app/e/f").mkdir(parents=True)
-    push(versioned, "e", b"5")  # empty folders are no obstacle
+    push(versioned, "e", b"5")  # empty folders do not conflict
     assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4", "app/e": b"5"}
 
 
-LINKS = [  # the link, what it points to, what a push of app/d/x then raises
+LINKS = [  # a link, its target, the error that a push of app/d/x then raises
     ("app", "folder", a.Conflict), ("app/d", "folder", a.Conflict), ("app/d/x", "secret", a.Conflict),
     ("app/d/x", "folder", a.Conflict), ("app/d/x", "nothing", a.Conflict),
     ("app/.versions", "versions", a.Conflict), ("app/.versions/d/x", "folder", a.Conflict),
@@ -760,34 +768,34 @@ def test_symbolic_links_are_not_followed(
 def test_removing_a_missing_name_is_not_an_error(
     data: Path, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
-    """By a hand; or GlusterFS says so, of a folder that one of its replicas does not know yet."""
+    """Ignore ENOENT: a person removed the name, or a replica of GlusterFS does not know the folder yet."""
 
-    def gone(call: Callable[..., None]) -> Callable[..., None]:
+    def reports_missing(call: Callable[..., None]) -> Callable[..., None]:
         def called(name: str, *, dir_fd: int | None = None) -> None:
             if done:
-                with contextlib.suppress(OSError):  # not empty
+                with contextlib.suppress(OSError):  # the folder is not empty
                     call(name, dir_fd=dir_fd)
-            told.append(name)
+            removed.append(name)
             raise FileNotFoundError(errno.ENOENT, "", name)
 
         return called
 
-    told: list[str] = []
+    removed: list[str] = []
     repository = a.Repository(data, keep_versions=1)
     first, second = push(repository, "d/x", b"1").version, push(repository, "d/x", b"2").version
-    monkeypatch.setattr(os, "unlink", gone(os.unlink))
-    monkeypatch.setattr(os, "rmdir", gone(os.rmdir))
+    monkeypatch.setattr(os, "unlink", reports_missing(os.unlink))
+    monkeypatch.setattr(os, "rmdir", reports_missing(os.rmdir))
     push(repository, "d/x", b"3")
-    assert told == [first, "x"] and fetched(repository, "d/x") == b"3"
+    assert removed == [first, "x"] and fetched(repository, "d/x") == b"3"
     repository.erase("app", "d/x", second)
-    assert told == [first, "x", second, "x"]
+    assert removed == [first, "x", second, "x"]
 
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_artefact_replaced_during_a_listing_is_listed(
     repository: a.Repository, monkeypatch: pytest.MonkeyPatch, settled: bool
 ) -> None:
-    """As on btrfs, which shows no name that was made after the folder was opened."""
+    """Simulate btrfs, which does not list a name that was created after the folder was opened."""
     for id in "xy":
         push(repository, id, b"old")
     if settled:
@@ -807,7 +815,7 @@ def test_artefact_replaced_during_a_listing_is_listed(
 
 @pytest.mark.parametrize("pause", [0, 2 * a.TICK / 1e9])
 def test_listing_reflects_changes_made_by_hand(data: Path, repository: a.Repository, pause: float) -> None:
-    """After changes by hand that come at once, and after some that come when its names are remembered."""
+    """Compare after changes in quick succession, and after changes to a folder whose names are cached."""
     app = data / "app"
     changes: list[Callable[[], object]] = [
         lambda: (app / "x").write_bytes(b"1"), lambda: (app / "x").rename(app / "y"),
@@ -831,8 +839,8 @@ def test_old_leftovers_of_crashes_are_swept(data: Path, repository: a.Repository
     for age, own in itertools.product(("young", "old"), (".incoming", ".trash")):
         add_file(data / own / f"folder-{age}/x", b"1")
         add_file(data / own / f"file-{age}", b"2")
-        for left in (data / own).glob("*" + age):
-            os.utime(left, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
+        for leftover in (data / own).glob("*" + age):
+            os.utime(leftover, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
     a.Repository(data)
     young = {f"{own}/{name}-young" for own in (".incoming", ".trash") for name in ("file", "folder")}
     assert {name.removesuffix("/x") for name in tree(data)} == young
@@ -863,11 +871,11 @@ def test_file_added_by_hand_is_an_artefact(data: Path, repository: a.Repository)
     assert artefact == a.Artefact("app", "d/x.tar.gz", 3, a.version_time(T1), "application/gzip", None)
     [artefact] = repository.artefacts("app", digests=True)
     assert (artefact.version, artefact.sha256) == (T1, sha256(b"one"))
-    os.link(data / "app/d/x.tar.gz", data / "app/x.txt")  # another name, another type
+    os.link(data / "app/d/x.tar.gz", data / "app/x.txt")  # the type follows the name
     assert [artefact.type for artefact in repository.artefacts("app")] == ["application/gzip", "text/plain"]
     (data / "app/x.txt").unlink()
     require_attributes(data)
-    [artefact] = a.Repository(data).artefacts("app")  # remembered with the file, not in the process
+    [artefact] = a.Repository(data).artefacts("app")  # the digest is stored with the file, not in the process
     assert artefact.sha256 == sha256(b"one")
 
 
@@ -891,8 +899,8 @@ def test_types_and_digests_with_and_without_attributes(
             with used.fetch("app", "x.txt") as current:
                 assert current.digested().sha256 == sha256(content)
             with used.fetch("app", "x.txt") as current:
-                assert current.artefact.sha256 == sha256(content)  # remembered
-            (data / "app/x.txt").write_bytes(edited)  # in place
+                assert current.artefact.sha256 == sha256(content)  # the stored digest
+            (data / "app/x.txt").write_bytes(edited)  # edit in place
     with a.Repository(data).fetch("app", "x.txt") as current:
         assert current.artefact.type == ("text/markdown" if attributes == "as they are" else "text/plain")
 
@@ -901,7 +909,7 @@ def test_types_and_digests_with_and_without_attributes(
 def test_digest_is_not_stored_for_bytes_changed_during_hashing(
     data: Path, repository: a.Repository, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written in place while the digest is computed, or after, must not pass for what was read."""
+    """Overwrite a file while its digest is computed, or just after: the digest must not be stored."""
     file, compute, write = data / "app/x", a._sha256, a._write_digest
     add_file(file, b"one")
 
@@ -932,7 +940,7 @@ def test_caches_are_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None
     repository = a.Repository(data)
     for number in range(9):
         push(repository, "x", b"%d" % number)
-    assert len(repository._known) == 1  # and none of those that were replaced
+    assert len(repository._known) == 1  # replaced artefacts are not cached
     monkeypatch.setattr(a, "KNOWN", 4)
     repository = a.Repository(data)
     time.sleep(2 * a.TICK / 1e9)
@@ -954,7 +962,7 @@ def test_caches_are_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert len(repository._small) == number % 4 + 1
 
 
-CHANGES: dict[str, Callable[[Path, Path], object]] = {  # of a file beside which there is another one
+CHANGES: dict[str, Callable[[Path, Path], object]] = {  # each changes a file; another file stands beside it
     "edited in place": lambda file, other: file.write_bytes(b"two"),
     "another one under its name": lambda file, other: other.rename(file),
     "deleted": lambda file, other: file.unlink(),
@@ -1007,7 +1015,9 @@ def test_cache_does_not_hide_a_change_within_one_clock_tick(
 
 
 @pytest.mark.parametrize("content", [b"", b"few", LARGE_BODY], ids=["none", "few", "many"])
-def test_refused_or_abandoned_upload_leaves_no_file(data: Path, repository: a.Repository, content: bytes) -> None:
+def test_refused_or_abandoned_upload_leaves_no_file(
+    data: Path, repository: a.Repository, content: bytes
+) -> None:
     def refuse(current: a.Content | None) -> None:
         raise a.PreconditionFailed("no")
 
@@ -1043,7 +1053,7 @@ def test_digest_of_a_large_upload_in_uneven_pieces(data: Path, repository: a.Rep
 
 def test_digest_of_a_complete_upload_does_not_wait_for_other_uploads(repository: a.Repository) -> None:
     go, content = threading.Event(), LARGE_BODY * 4
-    others = [repository.hashers().submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
+    blocked = [repository.hashers().submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
     try:
         with repository.stage() as upload, repository.stage() as aborted:
             upload.write(content)
@@ -1052,7 +1062,7 @@ def test_digest_of_a_complete_upload_does_not_wait_for_other_uploads(repository:
             assert upload.digest() == sha256(content + b"more")
             upload.write(content)
             assert upload.digest() == sha256(content + b"more" + content)
-        assert not any(other.done() for other in others)
+        assert not any(other.done() for other in blocked)
     finally:
         go.set()
 
@@ -1070,7 +1080,7 @@ def test_upload_can_be_pushed_only_once(
             repository.push(upload, "app", "y")
         with pytest.raises(ValueError, match="stage another one"):
             upload.write(b"more")
-    with repository.stage() as upload:  # nor after an fsync that failed: it may succeed another time
+    with repository.stage() as upload:  # a failed fsync must not be retried: the kernel has dropped the pages
         upload.write(b"two")
         with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
             patch.setattr(os, "fsync", fails)
@@ -1135,10 +1145,10 @@ def test_versions_strictly_increase_and_are_modification_times(
     if keep:
         times.append(push(repository, "x", b"4").time)
     assert times == sorted({*times})
-    kept = list((data / "app/.versions/x").glob("*"))
-    assert len(kept) == min(keep, 4)
-    assert {a.version_time(file.name) for file in kept} <= {*times}
-    assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in kept)
+    versions = list((data / "app/.versions/x").glob("*"))
+    assert len(versions) == min(keep, 4)
+    assert {a.version_time(file.name) for file in versions} <= {*times}
+    assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in versions)
 
 
 @pytest.mark.parametrize("keep", [5, a.ALL])
@@ -1171,7 +1181,7 @@ def test_folder_named_like_a_version_is_not_a_version(data: Path) -> None:
     repository, below = a.Repository(data, keep_versions=1), f"x/{T1}"
     for content in b"1", b"2":
         push(repository, below, content)
-    repository.delete("app", below)  # x is free again; among its versions is the other's folder
+    repository.delete("app", below)  # x is free again, but .versions/x still holds the folder of x/{T1}
     for content in b"3", b"4", b"5":
         push(repository, "x", content)
     assert sorted(tree(data).values()) == [b"2", b"4", b"5"]
@@ -1183,7 +1193,7 @@ def test_folder_named_like_a_version_is_not_a_version(data: Path) -> None:
 @pytest.mark.parametrize("then", ["push", "delete"])
 @pytest.mark.parametrize("leftover", ["link", "copy", "other"])
 def test_existing_file_under_the_version_name(data: Path, leftover: str, then: str) -> None:
-    """A crash between the link and the rename leaves the very file; a hand may leave any."""
+    """Meet a link that a crash left before the rename, a copy, or a different file of a person."""
     repository, version = a.Repository(data, keep_versions=1), data / "app/.versions/x.txt" / T1
     add_file(data / "app/x.txt", b"one", T1)
     add_file(version, b"0ne" if leftover == "other" else b"one", T1)
@@ -1192,7 +1202,7 @@ def test_existing_file_under_the_version_name(data: Path, leftover: str, then: s
         os.link(data / "app/x.txt", version)
     assert [current for _, current in repository.versions("app", "x.txt")] == [True]
     after = tree(data)
-    if leftover == "other":  # nothing is lost: the current one becomes the next version
+    if leftover == "other":  # nothing is lost: the current file gets the next free version name
         repository.keeps = lambda _: 2
         after[f"app/.versions/x.txt/{next_version(T1)}"] = b"one"
     if then == "push":
@@ -1207,7 +1217,7 @@ def test_existing_file_under_the_version_name(data: Path, leftover: str, then: s
 
 @pytest.mark.parametrize("keep", [3, a.ALL])
 def test_files_with_equal_times_become_separate_versions(data: Path, keep: int) -> None:
-    """Also where that time is ahead of the clock, and the next version's name is the one after it."""
+    """Use a time ahead of the clock: each further version gets the next microsecond."""
     repository, far = a.Repository(data, keep_versions=keep), "21000101T000000.000000Z"
     for content in b"one", b"two":
         add_file(data / "app/x", content, far)
@@ -1221,7 +1231,7 @@ def test_files_with_equal_times_become_separate_versions(data: Path, keep: int) 
 
 def test_push_after_the_last_possible_time_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, last = a.Repository(data, keep_versions=3), "21000101T000000.000000Z"
-    monkeypatch.setattr(a, "LAST_TIME", a.version_time(last))  # no file system has the real one
+    monkeypatch.setattr(a, "LAST_TIME", a.version_time(last))  # no file system can store the real last time
     add_file(data / "app/x", b"one", last)
     assert push(repository, "x", b"two").version == last
     with pytest.raises(a.Conflict, match="Touch"):
@@ -1253,7 +1263,7 @@ def test_file_without_a_valid_version_name_is_ignored(data: Path, versioned: a.R
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_file_of_another_user_becomes_a_version(data: Path) -> None:
-    """It may not be linked, where fs.protected_hardlinks is set."""
+    """Copy the file if fs.protected_hardlinks forbids to link it."""
     add_file(data / "app/x", b"one", T1)
     os.chown(data / "app/x", 1, 1)
     with Program(data, "--keep-versions", "3", before=without_privileges()) as program:
@@ -1296,9 +1306,9 @@ def test_delete_restore_erase(data: Path, versioned: a.Repository) -> None:
     versioned.delete("app", "d/x")
     assert tree(data) == {v1: b"one", v2: b"two"}
     assert [current for _, current in versioned.versions("app", "d/x")] == [False, False]
-    for gone in versioned.fetch, versioned.delete:
+    for operation in versioned.fetch, versioned.delete:
         with pytest.raises(a.NotFound):
-            gone("app", "d/x")
+            operation("app", "d/x")
 
     restored, created = versioned.restore("app", "d/x", one.version)
     assert created and restored.time > two.time and restored.type == "text/x-one"
@@ -1308,7 +1318,7 @@ def test_delete_restore_erase(data: Path, versioned: a.Repository) -> None:
 
     versioned.delete("app", "d/x")
     v3 = f"app/.versions/d/x/{restored.version}"
-    assert tree(data) == {v2: b"two", v3: b"one"}  # the oldest is pruned
+    assert tree(data) == {v2: b"two", v3: b"one"}  # the oldest version is pruned
     versioned.erase("app", "d/x", two.version)
     assert tree(data) == {v3: b"one"}
     with pytest.raises(a.NotFound):
@@ -1400,7 +1410,7 @@ def test_reader_never_sees_a_missing_or_mixed_artefact(data: Path) -> None:
 
 
 def increment(data: str, times: int) -> None:
-    """Adds 1 to a number, over and over, each time on the condition that it is still what was read."""
+    """Increment a stored number several times. Each push requires that the number is still the one read."""
     repository = a.Repository(data, keep_versions=a.ALL)
     while times:
         number, seen = b"0", None
@@ -1416,12 +1426,14 @@ def increment(data: str, times: int) -> None:
             times -= 1
 
 
-@pytest.mark.parametrize("several", ["threads", "processes"])
-def test_exactly_one_of_many_conditional_writers_wins(data: Path, repository: a.Repository, several: str) -> None:
-    """Each time: so the number counts them all, and every state that there was is a version."""
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_exactly_one_of_many_conditional_writers_wins(
+    data: Path, repository: a.Repository, kind: str
+) -> None:
+    """Count with conditional pushes: no increment is lost, and every state is kept as a version."""
 
     def run(_: int) -> None:
-        if several == "threads":
+        if kind == "threads":
             increment(str(data), 10)
         else:
             command = [sys.executable, "-W", "error", "-c", program]
@@ -1438,7 +1450,9 @@ def test_exactly_one_of_many_conditional_writers_wins(data: Path, repository: a.
 # == Storage: durability ==========================================================================
 
 
-def test_each_step_of_a_commit_is_durable_before_the_next(data: Path, events: Events, versioned: a.Repository) -> None:
+def test_each_step_of_a_commit_is_durable_before_the_next(
+    data: Path, events: Events, versioned: a.Repository
+) -> None:
     app, versions = data / "app", data / "app/.versions"
     one = push(versioned, "d/x", b"one")
     in_order(events, ("fsync", app / "d/x"), ("rename", "x"), ("fsync", app / "d"))
@@ -1463,7 +1477,7 @@ def test_each_step_of_a_commit_is_durable_before_the_next(data: Path, events: Ev
 
 
 def test_recreated_or_foreign_folder_is_fsynced(data: Path, events: Events) -> None:
-    """One made again may have the inode of the one before; who made one may not have synced it."""
+    """Fsync a recreated folder, which may have the inode of the old one, and one of another process."""
     repository = a.Repository(data)
     for by_another in False, False, True:
         if by_another:
@@ -1487,7 +1501,7 @@ def test_failed_fsync_leaves_the_old_state_and_is_not_retried(
 
     push(started("good"), "d/x", b"two")
     count = [call for call, _ in events[: events.index(("rename", "x"))]].count("fsync")
-    assert count >= 4  # the staged file, the new folders' parents, the folder of the version
+    assert count >= 4  # the staging file, the parents of new folders, the version's folder
     carry_out = os.fsync
     for failing in range(count):
         repository, calls = started(f"fails {failing}"), itertools.count()
@@ -1500,7 +1514,7 @@ def test_failed_fsync_leaves_the_old_state_and_is_not_retried(
         with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
             patch.setattr(os, "fsync", fsync)
             push(repository, "d/x", b"two")
-        assert next(calls) == failing + 1  # none after the one that failed
+        assert next(calls) == failing + 1  # no fsync after the failed one
         assert not any(name.startswith(".incoming") for name in tree(Path(repository.root)))
         assert [current for _, current in repository.versions("app", "d/x")] == [True]
         assert fetched(repository, "d/x") == b"one"
@@ -1527,7 +1541,7 @@ def test_damaged_version_is_not_restored(data: Path, versioned: a.Repository) ->
     require_attributes(data)
     one = push(versioned, "x", b"one")
     push(versioned, "x", b"two")
-    add_file(data / "app/.versions/x" / one.version, b"0ne", one.version)  # in place, as a failing disk would
+    add_file(data / "app/.versions/x" / one.version, b"0ne", one.version)  # as by a failing disk
     with pytest.raises(a.Damaged):
         versioned.restore("app", "x", one.version)
     assert fetched(versioned, "x") == b"two"
@@ -1547,9 +1561,9 @@ def test_push_of_the_same_bytes_repairs_a_damaged_artefact(
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         push(repository, file.name, content)
         assert file.read_bytes() == content
-        there = file.stat()
+        repaired = file.stat()
         push(repository, file.name, content)
-        assert file.stat() == there  # of what is whole nothing changes
+        assert file.stat() == repaired  # an undamaged file is not written again
 
 
 def test_verify_distinguishes_damage_from_change(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1564,21 +1578,21 @@ def test_verify_distinguishes_damage_from_change(data: Path, capsys: pytest.Capt
 
     (data / "app/edited").write_bytes(b"edited in place")
     (data / "app/dropped").write_bytes(b"dropped in by hand")
-    (kept,) = (data / "app/.versions/kept/x").iterdir()
-    before = kept.stat()
-    kept.write_bytes(b"0ne")  # a bit flipped: the same size, and the time of before
-    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (version,) = (data / "app/.versions/kept/x").iterdir()
+    before = version.stat()
+    version.write_bytes(b"0ne")  # a flipped bit: same size, same modification time
+    os.utime(version, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert a.main(verify) == 1
     *found, counts = capsys.readouterr().out.splitlines()
     assert sorted(line.rpartition(" ")[0] for line in found) == [
         "changed: app/edited", "damaged: app/kept/x", "new: app/dropped",
     ]  # fmt: skip
-    assert any(line.endswith(kept.name) for line in found)
+    assert any(line.endswith(version.name) for line in found)
     assert counts == "2 whole, 1 new, 1 changed, 1 damaged"
 
-    with pytest.raises(a.Damaged):  # what is damaged is not made current
-        repository.restore("app", "kept/x", kept.name)
-    assert a.main(verify) == 1  # and the digest that tells it stays
+    with pytest.raises(a.Damaged):  # a damaged version cannot become current
+        repository.restore("app", "kept/x", version.name)
+    assert a.main(verify) == 1  # the stored digest that shows the damage is still there
     assert capsys.readouterr().out.splitlines()[-1] == "4 whole, 0 new, 0 changed, 1 damaged"
 
 
@@ -1589,39 +1603,39 @@ def test_verify_shows_progress_on_a_terminal(data: Path) -> None:
     command = [sys.executable, a.__file__, "--data", str(data), "--verify"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
     os.close(theirs)
-    told = b""
-    with contextlib.suppress(OSError):  # EIO: all is read
+    written = b""
+    with contextlib.suppress(OSError):  # EIO at the end of the output
         while piece := os.read(terminal, 1 << 16):
-            told += piece
+            written += piece
     os.close(terminal)
     new, *_, counts = done.stdout.splitlines()
     assert new.startswith("new: app/a ") and counts == "0 whole, 2 new, 0 changed, 0 damaged"
     half, whole = "#" * 20 + " " * 20, "#" * 40
-    shown = told.decode().replace("\033[K", "").split("\r")
+    shown = written.decode().replace("\033[K", "").split("\r")
     assert [line for line in shown if line.startswith("[")] == [
         f"[{half}]  50%, 1 files ", f"[{whole}] 100%, 2 files ",
     ]  # fmt: skip
 
 
 def test_verify_continues_after_an_unreadable_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    id = "/".join(["i" * 203] * 5)[:1015]  # its versions' paths are longer than an id may be
+    id = "/".join(["i" * 203] * 5)[:1015]  # the paths of its versions are longer than an id may be
     for name, content in ("a", b"one"), (id, b"one"), (id, b"two"), ("z", b"one"):
         push(a.Repository(data, keep_versions=1), name, content)
-    (kept,) = (data / "app/.versions" / id).iterdir()
-    before = kept.stat()
-    kept.write_bytes(b"0ne")
-    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (version,) = (data / "app/.versions" / id).iterdir()
+    before = version.stat()
+    version.write_bytes(b"0ne")
+    os.utime(version, ns=(before.st_atime_ns, before.st_mtime_ns))
     (data / "app/a").chmod(0)
     for folder in "app/closed", "closed":
         add_file(data / folder / "x", b"")
         (data / folder).chmod(0)
-    os.symlink("a", data / "app/latest")  # no artefact, and no reason to worry
+    os.symlink("a", data / "app/latest")  # a link is not an artefact and is not reported
     os.mkfifo(data / "app/fifo")
     command = [*without_privileges(), sys.executable, str(PROGRAM), "--data", str(data), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     *found, counts = done.stdout.splitlines()
     closed = ["unreadable: closed/", "unreadable: closed/.versions/"]
-    damaged = f"damaged: app/{id} {kept.name}"
+    damaged = f"damaged: app/{id} {version.name}"
     assert found == ["unreadable: app/a", "unreadable: app/closed/", damaged, *closed]
     assert counts == "2 whole, 0 new, 0 changed, 1 damaged, 4 unreadable" and done.returncode == 1
     assert done.stderr.count("Permission denied") == 4 and "Traceback" not in done.stderr
@@ -1701,7 +1715,7 @@ READ, WRITE = "GET HEAD", "PUT POST DELETE"
 ANY = f"{READ} {WRITE}"
 Expected = type[Exception] | int | None
 PRECONDITIONS: list[tuple[Expected, str, str | None, list[str]]] = [
-    # what is to come, methods, the current entity tag (with the time TIME), the fields: RFC 9110 §13.2.2
+    # expected result, methods, current entity tag (its time is TIME), header fields: RFC 9110 §13.2.2
     (None, ANY, '"e"', [
         "", 'If-Match: "e"', 'If-Match: "f" , "e"', 'If-Match: ,"e",', "If-Match: *", "If-Match:  * ",
         f"If-Unmodified-Since: {DATE}", f"If-Unmodified-Since: {LATER}", "If-Unmodified-Since: yesterday",
@@ -1764,7 +1778,7 @@ def test_conditional_request(
 
 
 def test_ranges(client: testing.TestClient) -> None:
-    """Of an artefact that is read at once and of one that is streamed."""
+    """Check an artefact that is sent from memory and one that is streamed."""
     for content in b"0123456789", LARGE_BODY:
         call(client, "PUT /artefacts/app/x", body=content)
         size, etag = len(content), f'"{sha256(content)}"'
@@ -1786,7 +1800,7 @@ def test_ranges(client: testing.TestClient) -> None:
 
 WITHOUT_X = {"app/f/y": b"why"}
 REQUESTS: list[tuple[str, int, bytes, dict[str, bytes]]] = [
-    # the request, status, what the answer begins with, the tree afterwards
+    # request, status, start of the response body, tree afterwards
     ("GET /", 200, b'{"directories": [', INITIAL),
     ("GET /app", 200, b'{"directory": "app", "artefacts": [{', INITIAL),
     ("DELETE /app", 204, b"", {}),
@@ -1853,7 +1867,8 @@ def test_header_fields_of_an_artefact(data: Path, client: testing.TestClient) ->
     earlier = call(client, f"GET /artefacts/app/x.txt?version={T1}").headers
     assert (earlier["Cache-Control"], earlier["ETag"]) == ("max-age=31536000, immutable", ONE)
     assert earlier["Artefact-Version"] == T1
-    add_file(data / "app/x.txt", b"two", "20990101T000000.000000Z")  # Last-Modified: not later than now
+    # Last-Modified must not be later than now.
+    add_file(data / "app/x.txt", b"two", "20990101T000000.000000Z")
     modified = call(client, "GET /artefacts/app/x.txt").headers["Last-Modified"]
     assert a.http_seconds(modified) == pytest.approx(time.time(), abs=60)
 
@@ -1920,14 +1935,14 @@ def test_listings(client: testing.TestClient) -> None:
 
 @pytest.mark.parametrize("format", ["tar", "sha256sums", "json"])
 def test_head_of_a_listing_has_the_fields_of_get(tree_url: str, format: str) -> None:
-    told = []
+    headers = []
     with closing(http.client.HTTPConnection(urlsplit(tree_url).netloc, timeout=30)) as connection:
-        for method in ("GET", "HEAD", "GET"):  # on one connection: nothing is left over
+        for method in ("GET", "HEAD", "GET"):  # one connection: HEAD must not leave body bytes behind
             connection.request(method, f"/artefacts/tree?format={format}")
             answer = connection.getresponse()
             assert bool(answer.read()) == (method == "GET")
-            told.append(dict(answer.getheaders()) | {"Date": "", "Transfer-Encoding": ""})
-    assert told[0] == told[1] == told[2]
+            headers.append(dict(answer.getheaders()) | {"Date": "", "Transfer-Encoding": ""})
+    assert headers[0] == headers[1] == headers[2]
 
 
 def test_sha256sum_checks_a_download(tree_url: str, tmp_path: Path) -> None:
@@ -2078,9 +2093,9 @@ def test_chunked_form_on_a_streaming_server(app: testing.TestClient, data: Path)
     environ.pop("CONTENT_LENGTH", None)
     environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
     environ["wsgi.input"] = io.BytesIO(part(b"a") + b"--XX--\r\n")
-    told = testing.StartResponseMock()
-    app.app(environ, told)
-    assert (told.status, stored(data)) == ("201 Created", {"a": b"content"})
+    response = testing.StartResponseMock()
+    app.app(environ, response)
+    assert (response.status, stored(data)) == ("201 Created", {"a": b"content"})
 
 
 @pytest.mark.parametrize("breaks", ["in a file", "between files", "at once"])
@@ -2097,10 +2112,10 @@ def test_chunked_form_whose_stream_raises(
     environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
     environ.pop("CONTENT_LENGTH", None)
     environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
-    told = testing.StartResponseMock()
-    answer = b"".join(app.app(environ | {"wsgi.input": Breaking(whole)}, told))
+    response = testing.StartResponseMock()
+    answer = b"".join(app.app(environ | {"wsgi.input": Breaking(whole)}, response))
     listed = json.loads(answer)
-    assert told.status == "400 Bad Request" and "broke off" in str(listed)
+    assert response.status == "400 Bad Request" and "broke off" in str(listed)
     assert ids(listed) == list(stored(data))
 
 
@@ -2115,7 +2130,7 @@ def test_large_form_is_not_held_in_memory(served: Served, tmp_path: Path, fields
 
 
 def test_odd_forms_do_not_break_header_fields(exposed: Program) -> None:
-    """A file's name is taken without its folders; a type with a line break in it is none."""
+    """Remove folders from file names, and ignore a type that contains a line break."""
     for name, status in (("../../up", 201), ("/etc/up2", 201), ("C:\\up3", 201), ("..", 400), ("../", 400),
                          (".u", 400), ("a\0", 400), ("a\nb", 400), ("x" * 256, 400)):  # fmt: skip
         answer = ask(exposed, "POST /artefacts/form", MULTIPART, body=form_of((name, b"1")))
@@ -2138,12 +2153,12 @@ def test_gnu_tar_reproduces_files_and_times(served: Served, tree_url: str, tmp_p
     (tmp_path / "tree").mkdir()
     assert pipe(f"{tree_url}?format=tar", "tar -x -C tree", tmp_path).returncode == 0
     assert stored(tmp_path, "tree") == TREE
-    kept, copied = (
+    original, copied = (
         [(artefact.id, artefact.version) for artefact in a.Repository(data).artefacts("tree")]
         for data in (served.data, tmp_path)
     )
-    assert kept == copied
-    assert kept[0] == ("0 empty", "20010909T014640.123457Z")
+    assert original == copied
+    assert original[0] == ("0 empty", "20010909T014640.123457Z")
 
 
 @pytest.mark.parametrize("prefix", ["", "1.0/", "none"])
@@ -2199,7 +2214,7 @@ def test_curl_uploads(curl: Callable[..., str], tmp_path: Path) -> None:
 
 
 def test_curl_gets_a_refusal_before_it_sends_the_body(curl: Callable[..., str], tmp_path: Path) -> None:
-    """With `Expect`, which `-T` sends by itself from 1 MB on in every version."""
+    """Send `Expect`. Every version of curl sends it by itself with `-T` from 1 MB on."""
     (tmp_path / "large").write_bytes(bytes(2_000_000))
     with_expect = ("-H", "Expect: 100-continue", "-T", "large", *STATUS)
     assert curl("-H", "If-None-Match: *", *with_expect, "@" + EXISTING) == "412 0"
@@ -2215,22 +2230,22 @@ def test_curl_resumes_a_download(curl: Callable[..., str], tmp_path: Path, large
     (tmp_path / "large").write_bytes(large[:1_000_000])
     curl("-C", "-", "-o", "large", "@/artefacts/app/large")
     assert (tmp_path / "large").read_bytes() == large
-    curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # finished: 416 with the length
+    curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # already complete: 416 with the length
     assert (tmp_path / "large").read_bytes() == large
-    # Resuming an upload would store a part of it.
+    # A resumed upload would store only its tail.
     assert curl("-C", "2", "-T", "f.txt", "@/artefacts/curl/part", *STATUS) == "400 0"
     assert curl("@/artefacts/curl/part", *STATUS) == "404 0"
 
 
 def test_curl_revalidates_a_download(curl: Callable[..., str], tmp_path: Path) -> None:
-    there = "@" + EXISTING
+    url = "@" + EXISTING
     code = ("-o", "got", "-w", "%{http_code}")
-    assert curl("--etag-save", "etag", there, *code) == "200"
+    assert curl("--etag-save", "etag", url, *code) == "200"
     assert (tmp_path / "etag").read_text().strip() == f'"{sha256(b"there")}"'
-    assert curl("--etag-compare", "etag", there, *code) == "304"
-    assert curl("-R", there, *code) == "200"  # got bears the server's time
-    assert curl("-z", "got", there, *code) == "304"
-    assert curl("-z", "Thu, 01 Jan 1970 00:00:00 GMT", there, *code) == "200"
+    assert curl("--etag-compare", "etag", url, *code) == "304"
+    assert curl("-R", url, *code) == "200"  # -R gives "got" the time of Last-Modified
+    assert curl("-z", "got", url, *code) == "304"
+    assert curl("-z", "Thu, 01 Jan 1970 00:00:00 GMT", url, *code) == "200"
 
 
 @pytest.mark.parametrize("name", [
@@ -2247,11 +2262,11 @@ def test_curl_saves_under_the_artefact_name(curl: Callable[..., str], tmp_path: 
 
 
 def test_curl_head_request(curl: Callable[..., str]) -> None:
-    told = curl("-I", "@" + EXISTING)
-    assert told.startswith("HTTP/1.1 200 OK\r\n")
-    assert told.endswith("\r\n\r\n")
-    assert f'\nETag: "{sha256(b"there")}"\r\n' in told
-    assert "\nContent-Length: 5\r\n" in told
+    header = curl("-I", "@" + EXISTING)
+    assert header.startswith("HTTP/1.1 200 OK\r\n")
+    assert header.endswith("\r\n\r\n")
+    assert f'\nETag: "{sha256(b"there")}"\r\n' in header
+    assert "\nContent-Length: 5\r\n" in header
     assert curl("-I", "@/artefacts/app", *STATUS) == "200 0"
 
 
@@ -2284,7 +2299,8 @@ def test_token_includes_the_anonymous_rights(tmp_path: Path) -> None:
         assert simulate(client, f"PUT /artefacts/drop/{number}", *bearer(token)).status_code == 201
 
 
-PERMISSIONS: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all, who builds, without rights
+PERMISSIONS: list[tuple[str, int, int, int, int]] = [
+    # request; status without a token, with READER, with CI, with IDLE
     ("GET /", 303, 303, 303, 303), ("GET /artefacts", 200, 200, 200, 200),
     ("GET /artefacts/public/x", 200, 200, 200, 200), ("PUT /artefacts/public/n", 401, 403, 403, 403),
     ("POST /artefacts/public", 401, 403, 403, 403), ("DELETE /artefacts/public", 401, 403, 403, 403),
@@ -2314,7 +2330,7 @@ def test_permissions(tmp_path: Path, base: str) -> None:
         listed = simulate(client, f"GET {base}", *bearer(token)).json["directories"]
         assert [entry["directory"] for entry in listed] == shown.split()
     for line, *statuses in PERMISSIONS:
-        # who is refused asks first: what he asks for is still there
+        # refused requests come first, while the target still exists
         for status, token in sorted(zip(statuses, ("", READER, CI, IDLE), strict=True), reverse=True):
             before = tree(data)
             result = simulate(client, line.replace("/artefacts", base), *bearer(token or None))
@@ -2326,7 +2342,7 @@ def test_permissions(tmp_path: Path, base: str) -> None:
                 assert result.headers["Cache-Control"].startswith("private, ")
 
 
-CREDENTIALS: dict[int, list[str]] = {  # the status of a GET that needs a token; values of Authorization
+CREDENTIALS: dict[int, list[str]] = {  # status of a GET that needs a token: values of Authorization
     200: [f"Bearer {CI}", f"bearer {CI}", f"BEARER {CI}", basic(CI), basic(CI, ""), basic(CI, "naïve"),
           basic(COLON), basic(CI).replace("B", "b", 1)],
     403: [f"Bearer {IDLE}", basic(IDLE)],
@@ -2366,7 +2382,7 @@ def test_log_shows_the_token_name_but_not_its_value(guarded: Program) -> None:
 
 
 def test_existence_is_not_revealed_without_read_access(tmp_path: Path) -> None:
-    """Existing or not, allowed as a name or not, whatever the preconditions: one and the same answer."""
+    """Get the same response for existing, missing and invalid names, with any precondition."""
     client, etag = client_of(fill(tmp_path / "data", "public", "secret"), TOKENS), sha256(V2.encode())
     conditions: tuple[list[str], ...] = (
         [], [f'If-None-Match: "{etag}"'], [f'If-Match: "{etag}"'], ["If-None-Match: *"],
@@ -2390,7 +2406,7 @@ def test_existence_is_not_revealed_without_read_access(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("announced", ["Content-Length: 5000000", CHUNKED])
 def test_refused_upload_is_not_awaited_or_stored(guarded: Program, announced: str) -> None:
-    """The body is announced and never sent; the answer comes all the same, and no 100 before it."""
+    """Announce a body and never send it: the refusal comes anyway, without a 100 before it."""
     for line, token, status in (
         ("PUT secret/n", None, 401), ("POST secret/n", None, 401), ("POST secret", None, 401),
         ("PUT secret/n", "x", 401), ("DELETE secret", None, 401), ("PUT secret/x", CI, 403),
@@ -2433,12 +2449,12 @@ def test_upload_without_rights_is_refused_before_its_body(tmp_path: Path) -> Non
     ("", "OPTIONS public"), ("GET", "PUT secret/n"), ("DELETE", "POST secret"),
 ])  # fmt: skip
 def test_client_without_rights_cannot_fill_the_disk(guarded: Program, before: str, line: str) -> None:
-    """Not with the body of a request that has no use for one, nor with an upload right behind a request."""
+    """Send a body with a request that does not use one, and a pipelined upload."""
     method, path = line.split(" ")
     with guarded.connect() as connection, contextlib.suppress(ConnectionError):
         connection.send(head(before, "/artefacts/public") if before else b"")
         connection.send(head(method, f"/artefacts/{path}", CHUNKED))
-        for _ in range(30):  # more than a connection's buffers hold: most of it has then been received
+        for _ in range(30):  # more than the socket buffers hold, so that the server has received most of it
             connection.send(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
         staged = (guarded.data / ".incoming").iterdir()
         assert sum(file.stat().st_size for file in staged) <= 1 << 20
@@ -2476,7 +2492,7 @@ def test_first_matching_rule_decides_each_key(tmp_path: Path) -> None:
         {name = "[!x]*-*", write_once = true, keep_versions = 1, max_size = 100},
         {name = "open-late", write_once = true, max_size = 1}]"""
     client = client_of(tmp_path / "data", config, keep_versions=2, max_size=10)
-    for directory, replaced, kept, largest in (
+    for directory, replaced, keep, largest in (
         ("open-1", 200, 1, 100), ("open-all", 200, 4, 1000), ("a-all", 409, 0, 1000),
         ("open-late", 200, 1, 100), ("a-b", 409, 0, 100), ("plain", 200, 2, 10), ("x-1", 200, 2, 10),
         ("OPEN-1", 409, 0, 100),
@@ -2484,7 +2500,7 @@ def test_first_matching_rule_decides_each_key(tmp_path: Path) -> None:
         path = f"/artefacts/{directory}/x"
         statuses = {simulate(client, f"PUT {path}", body=b"%d" % number).status_code for number in range(5)}
         assert statuses == {201, replaced}, directory
-        assert len(simulate(client, f"GET {path}?versions").json["versions"]) == kept + 1, directory
+        assert len(simulate(client, f"GET {path}?versions").json["versions"]) == keep + 1, directory
         for size, status in ((largest, 201), (largest + 1, 413)):
             assert simulate(client, f"PUT {path}-{size}", body=bytes(size)).status_code == status, directory
 
@@ -2510,7 +2526,7 @@ def test_max_size_of_a_directory(guarded: Program) -> None:
 
 
 T, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
-MISTAKES: list[tuple[str, str]] = [  # a --config file; the place that the one line names
+MISTAKES: list[tuple[str, str]] = [  # a config file, and the place that the error line names
     ('read = ["*"]', "read"), ("[anonymos]\nread = []", "anonymos"), ('"a\\nb" = 1', "a"),
     ("[anonymous.x]", "x"), ('[anonymous]\nreads = ["*"]', "reads"), ('[anonymous]\nname = "x"', "name"),
     ("anonymous = 1", "anonymous"), ('[anonymous]\nread = "*"', "anonymous"),
@@ -2540,14 +2556,15 @@ def test_mistake_in_the_config_file_stops_the_start(
     file, data = tmp_path / "c.toml", tmp_path / "data"
     for text, place in MISTAKES:
         file.write_bytes(text.encode(errors="surrogateescape"))
-        told = fault(capsys, f"--config={file}", f"--data={data}")
-        assert str(file) in told and place in told.replace(str(file), ""), (text[:200], told)
+        message = fault(capsys, f"--config={file}", f"--data={data}")
+        assert str(file) in message and place in message.replace(str(file), ""), (text[:200], message)
         with pytest.raises(ValueError, match=r"c\.toml"):
             a.create_app(data, config=file)
-    file.write_text(T + f'sha256 = "{CI}"')  # the token itself, in the place of its digest
+    file.write_text(T + f'sha256 = "{CI}"')  # not its digest
     assert CI not in fault(capsys, f"--config={file}")
     file.chmod(0)
-    for unreadable in (tmp_path / "missing", tmp_path, *([file] if os.geteuid() else [])):  # root reads all
+    closed = [file] if os.geteuid() else []  # root can read every file
+    for unreadable in (tmp_path / "missing", tmp_path, *closed):
         assert str(unreadable) in fault(capsys, f"--config={unreadable}", f"--data={data}")
     assert not data.exists()
 
@@ -2557,11 +2574,11 @@ def test_new_token_works_when_its_lines_are_pasted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     status = a.main(["--new-token", name])
-    told = capsys.readouterr()
-    if status != 0:  # what cannot be a name is refused
-        assert (status, told.out, told.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
+    shown = capsys.readouterr()
+    if status != 0:  # an invalid name is refused
+        assert (status, shown.out, shown.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
         return
-    token, _, lines = told.out.partition("\n")
+    token, _, lines = shown.out.partition("\n")
     assert len(token) >= 32 and token not in lines
     client = client_of(fill(tmp_path / "data", "app"), lines)
     assert simulate(client, "GET /artefacts/app/x").status_code == 401
@@ -2590,7 +2607,7 @@ def test_network_address_needs_tokens_or_open(
 
 
 def test_host_in_the_target_overrides_the_host_field(exposed: Program) -> None:
-    """RFC 9112 §3.2.2"""
+    """Check RFC 9112 §3.2.2."""
     for host, other, status in ("localhost", "evil.example", 403), ("evil.example", "localhost", 303):
         request = f"GET http://{other}/ HTTP/1.1\r\nHost: {host}\r\n\r\n"
         assert exposed.ask(request.encode()).status == status
@@ -2627,7 +2644,7 @@ def test_host_field(exposed: Program, guarded: Program) -> None:
         for field in (f"Host: {host}\r\n" for host in hosts):
             assert status(exposed, "GET /artefacts/app/x", field) in statuses, field[:80]
             assert status(exposed, "PUT /artefacts/host/x", field) in statuses, field[:80]
-            # with tokens every name will do, but it must be one
+            # with tokens any host name is accepted, but it must be valid
             expected = (400,) if statuses == (400,) else (200,) if statuses != (400, 403) else (200, 400)
             assert status(guarded, "GET /artefacts/public/x", field) in expected, field[:80]
     assert status(exposed, "GET /artefacts/app/x") == status(guarded, "GET /artefacts/public/x") == 400
@@ -2666,7 +2683,8 @@ def test_page_of_another_site_cannot_change_anything(exposed: Program) -> None:
             line = line.replace(" ", " /artefacts/")
             assert ask(exposed, line, field, MULTIPART, body=form_of(("n", b"1"))).is_problem(403), field
     assert tree(exposed.data) == before
-    preflight = ask(exposed, "OPTIONS /artefacts/app/x", FOREIGN_ORIGINS[0], "Access-Control-Request-Method: PUT")
+    fields = FOREIGN_ORIGINS[0], "Access-Control-Request-Method: PUT"
+    preflight = ask(exposed, "OPTIONS /artefacts/app/x", *fields)
     assert not [name for name in preflight.headers if name.lower().startswith("access-control")]
     for field in OWN_ORIGINS:
         assert ask(exposed, "PUT /artefacts/own/x", field).status in (200, 201), field
@@ -2678,7 +2696,7 @@ def test_page_of_another_site_cannot_change_anything(exposed: Program) -> None:
 # == Errors =======================================================================================
 
 PUT_N, PUT_X = "PUT /app/n", "PUT /app/x.txt"
-PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part of the detail, fields, requests
+PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part of detail, fields, requests
     (404, "none", {}, [
         "GET /none", "DELETE /none", "GET /app/none", "DELETE /app/none", "GET /app/none?versions",
         "DELETE /app/none?versions", "GET /app/x.txt?version=none", "DELETE /app/x.txt?version=none",
@@ -2793,12 +2811,12 @@ def test_files_that_cannot_be_read_or_removed(data: Path) -> None:
     (data / "app/closed").chmod(0)
     logged = r"artefacts: [A-Z]+ /artefacts/app\S*: .*Permission denied.*"
     with Program(data, before=without_privileges(), logged=logged) as program:
-        closed, there = json.loads(program.get("/artefacts/app").body)["artefacts"]
-        assert (closed["size"], closed["sha256"], closed["version"], there["id"]) == (6, None, T1, "open")
+        closed, readable = json.loads(program.get("/artefacts/app").body)["artefacts"]
+        assert (closed["size"], closed["sha256"], closed["version"], readable["id"]) == (6, None, T1, "open")
         assert program.get("/artefacts/app/open").body == b"open"
         for target in "/closed", "?format=sha256sums":
             assert program.get(f"/artefacts/app{target}").is_problem(500)
-        assert program.ask(put("/artefacts/app/closed", b"new")).status == 500  # what is current is not known
+        assert program.ask(put("/artefacts/app/closed", b"new")).status == 500  # unreadable
         assert program.ask(head("DELETE", "/artefacts/old")).status == 204
         assert not (data / "old").exists() and os.listdir(data / ".trash") == []
 
@@ -2806,7 +2824,7 @@ def test_files_that_cannot_be_read_or_removed(data: Path) -> None:
 def test_leased_file_gets_503(tmp_path: Path) -> None:
     path, data = "/artefacts/app/leased", tmp_path / "data"
     add_file(data / "app/leased", b"1")
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which the kernel sends to who has the lease
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent by the kernel to the holder of the lease
     try:
         with Program(data, logged=r"artefacts: (PUT|GET) .*Errno 11.*") as program:
             with open(data / "app/leased", "rb+") as file:
@@ -2846,7 +2864,7 @@ def test_root_redirects_to_the_listing(client: testing.TestClient) -> None:
 @pytest.mark.parametrize("prefix", ["", "/repo", "/dé pôt"])
 def test_paged_listing_of_a_mounted_application(client: testing.TestClient, prefix: str) -> None:
     ids, base = [f"p&{n} +é" for n in range(5)], quote(prefix)
-    mounted = prefix.encode().decode("latin-1")  # PEP 3333
+    mounted = prefix.encode().decode("latin-1")  # the form of SCRIPT_NAME in PEP 3333
     for id in ids:
         result = call(client, f"PUT {a.href('', 'app', id)}", root_path=mounted)
         assert result.headers["Location"] == result.json["href"] == a.href(base, "app", id)
@@ -2882,8 +2900,9 @@ def test_connection_stays_open_after_every_complete_request(program: Program) ->
         (head("HEAD", path), 200), (head("DELETE", path), 204), (head("DELETE", path), 404),
         (head("GET", EXISTING, f"If-None-Match: {etag}"), 304), (head("GET", EXISTING, 'If-Match: "0"'), 412),
         (head("GET", EXISTING, "Range: bytes=9-"), 416), (head("GET", EXISTING, "Range: bytes=0-1"), 206),
-        (head("OPTIONS", EXISTING), 200), (head("PATCH", EXISTING), 405), (head("GET", "/artefacts/.app"), 400),
-        (head("HEAD", path), 404), (head("GET", "/"), 303), (head("GET", "/else"), 404),
+        (head("OPTIONS", EXISTING), 200), (head("PATCH", EXISTING), 405),
+        (head("GET", "/artefacts/.app"), 400), (head("HEAD", path), 404), (head("GET", "/"), 303),
+        (head("GET", "/else"), 404),
         (b"\r\n" + head("GET", EXISTING), 200),
     ]  # fmt: skip
     with program.connect() as connection:
@@ -2923,7 +2942,7 @@ def test_pipelined_large_fetches_do_not_block_other_clients(tmp_path: Path) -> N
 
 
 def test_pipelined_request_sees_the_effect_of_earlier_requests(program: Program) -> None:
-    """Its body comes late: what is decided on its header alone must not run ahead of the DELETE."""
+    """Send the body late: a decision from the header alone must wait for the DELETE before it."""
     path = "/artefacts/app/late"
     program.ask(put(path, b"1"))
     with program.connect() as connection:
@@ -2936,7 +2955,8 @@ def test_pipelined_request_sees_the_effect_of_earlier_requests(program: Program)
 @pytest.mark.parametrize("last", [
     head("GET", EXISTING, "Connection: close"), head("GET", EXISTING + "?versions", "Connection: close"),
     head("GET", EXISTING, version="1.0"), b"nonsense\r\n\r\n",
-    head("GET", EXISTING, "Connection: TE, close"), head("GET", EXISTING, "Connection: Close", "Connection: x"),
+    head("GET", EXISTING, "Connection: TE, close"),
+    head("GET", EXISTING, "Connection: Close", "Connection: x"),
     put(EXISTING, b"another", "Connection: close", "If-None-Match: *"),
     put(EXISTING, b"there", "Connection: close"),
 ])  # fmt: skip
@@ -2948,11 +2968,11 @@ def test_bytes_after_the_last_request_are_ignored(program: Program, last: bytes)
 
 
 def test_last_response_is_complete_even_if_more_bytes_follow(program: Program, large: bytes) -> None:
-    for behind in (b"\r\n", head("DELETE", "/artefacts/app/large")):
+    for following in (b"\r\n", head("DELETE", "/artefacts/app/large")):
         with program.connect(receive_buffer=4096) as connection:
             connection.send(head("GET", "/artefacts/app/large", "Connection: close"))
             assert connection.file.peek(1)
-            connection.send(behind)
+            connection.send(following)
             assert connection.answer().body == large
             assert connection.ends()
 
@@ -2962,8 +2982,8 @@ def test_request_may_arrive_in_any_pieces(program: Program) -> None:
     request = head("PUT", "/artefacts/app/pieces", "Transfer-Encoding: chunked") + pieces(body, 6)
     with program.connect() as connection:
         for cut in range(1, len(request)):
-            # One send carries the request before it and the first part: its answer proves that
-            # the server has received that part and nothing of the second.
+            # One send carries a whole request and the first part. The response to the request proves
+            # that the server has received the first part and nothing of the second.
             assert connection.ask(head("GET", EXISTING) + request[:cut]).body == b"there"
             answer = connection.send(request[cut:]).answer()
             assert json.loads(answer.body)["sha256"] == sha256(body), cut
@@ -2997,7 +3017,7 @@ def test_malformed_chunks_are_refused_at_once(body: bytes) -> None:
 
 
 def test_header_cache_does_not_mix_requests(program: Program) -> None:
-    """Each pair of requests has the line, or the fields, or both in common."""
+    """Send pairs of requests that share the request line, the header fields, or both."""
     path, fields = "/artefacts/app/alike", (CHUNKED, "Content-Type: text/x-one")
     with program.connect() as one, program.connect() as other:
         for connection, content in itertools.product((one, other), (b"1", b"22", b"")):
@@ -3026,10 +3046,10 @@ def test_expect_100_continue(program: Program, announced: str) -> None:
         assert connection.ask(head("PUT", path, announced, "Expect: 100-continue")).status == 100
         body = pieces(b"body", 3) if announced == CHUNKED else b"body"
         assert connection.send(body).answer().status == 201
-        # Without a body there is nothing to wait for.
+        # A request without a body needs no 100.
         assert connection.ask(head("GET", path, "Expect: 100-continue")).body == b"body"
         assert connection.ask(put(path, b"", "Expect: 100-continue")).status == 200
-        # Nor where it is there already.
+        # A body that has already arrived needs no 100 either.
         answer = connection.ask(put(path, b"new", "Expect: 100-continue"))
         assert (connection.answer() if answer.status == 100 else answer).status == 200
     assert program.get(path).body == b"new"
@@ -3039,7 +3059,7 @@ def test_100_continue_follows_the_previous_streamed_response(program: Program, l
     expecting = head("PUT", "/artefacts/app/waits", "Content-Length: 9", "Expect: 100-continue")
     with program.connect() as connection:
         connection.send(head("GET", "/artefacts/app?format=tar&prefix=large") + expecting)
-        time.sleep(0.2)  # the stream has filled the buffers by then, and waits
+        time.sleep(0.2)  # by then the stream has filled the buffers and waits
         with tarfile.open(fileobj=io.BytesIO(connection.answer().body)) as archive:
             assert archive.getnames() == ["large"]
         assert connection.answer().status == 100
@@ -3047,7 +3067,7 @@ def test_100_continue_follows_the_previous_streamed_response(program: Program, l
 
 
 def test_body_sent_without_waiting_for_100_continue(program: Program) -> None:
-    """RFC 9110 §10.1.1: then none need be sent."""
+    """Omit the 100, which is not needed then (RFC 9110 §10.1.1)."""
     path, expect = "/artefacts/app/along", "Expect: 100-continue"
     refused, stored = put(path, b"1", expect, 'If-Match: "0"'), put(path, b"2", expect)
     requests = (refused, 412), (stored, 201), (head("GET", path), 200)
@@ -3059,7 +3079,8 @@ def test_body_sent_without_waiting_for_100_continue(program: Program) -> None:
 
 REFUSALS = [
     ("PUT", EXISTING, "If-None-Match: *", 412), ("PUT", EXISTING, 'If-Match: "0"', 412),
-    ("PUT", ABSENT, "If-Match: *", 412), ("POST", EXISTING, "X: y", 409), ("PUT", EXISTING + "/below", "X: y", 409),
+    ("PUT", ABSENT, "If-Match: *", 412), ("POST", EXISTING, "X: y", 409),
+    ("PUT", EXISTING + "/below", "X: y", 409),
     ("PUT", "/artefacts/app/.new", "X: y", 400), ("PUT", "/artefacts/.app/new", "X: y", 400),
     ("PUT", "/artefacts/app/%ff", "X: y", 400), ("PUT", ABSENT, "Content-Range: bytes 5-9/10", 400),
     ("PUT", ABSENT, "Repr-Digest: sha-256=:short:", 400), ("PUT", "/artefacts/app", "X: y", 405),
@@ -3092,13 +3113,13 @@ def test_refusal_is_sent_before_the_body(
 def test_unknown_digest_is_computed_before_the_body_arrives(program: Program, announced: str) -> None:
     id, content = f"dropped-{len(announced)}", os.urandom(100_000)
     add_file(program.data / "app" / id, content)
-    there, expect = f'If-None-Match: "{sha256(content)}"', "Expect: 100-continue"
+    condition, expect = f'If-None-Match: "{sha256(content)}"', "Expect: 100-continue"
     with program.connect() as connection:
-        answer = connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect))
+        answer = connection.ask(head("PUT", f"/artefacts/app/{id}", announced, condition, expect))
         assert answer.is_problem(412) and connection.ends()
     add_file(program.data / "app" / id, content + b"another")
     with program.connect() as connection:
-        assert connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect)).status == 100
+        assert connection.ask(head("PUT", f"/artefacts/app/{id}", announced, condition, expect)).status == 100
 
 
 def test_pipelined_upload_is_refused_before_its_body(program: Program) -> None:
@@ -3115,7 +3136,7 @@ def test_pipelined_upload_is_refused_before_its_body(program: Program) -> None:
 
 
 def test_half_closed_client_gets_every_response(program: Program, large: bytes) -> None:
-    """Closed with bytes of it unread, the connection would be reset, and what was on its way be lost."""
+    """Read the rest of the refused upload: closing with unread bytes would reset the connection."""
     for _ in range(5):
         with program.connect() as connection:
             refused = put(EXISTING, bytes(500_000), 'If-Match: "0"')
@@ -3133,7 +3154,7 @@ def test_half_closed_client_gets_every_response(program: Program, large: bytes) 
 def test_client_that_sends_everything_before_it_reads_gets_its_refusal(
     program: Program, path: str, field: str, status: int, chunked: bool
 ) -> None:
-    """Closing at once would reset the connection, and the answer with it (RFC 9112 §9.6)."""
+    """Keep reading after the refusal: closing at once would reset the connection (RFC 9112 §9.6)."""
     size, piece = MAX_SIZE + (1 << 20 if status == 413 else 0), bytes(1 << 20)
     with program.connect() as connection:
         connection.send(head("PUT", path, CHUNKED if chunked else f"Content-Length: {size}", field))
@@ -3156,13 +3177,13 @@ def test_digest_mismatch_stores_nothing(program: Program) -> None:
 
 
 def test_concurrent_large_uploads_do_not_mix(program: Program) -> None:
-    """They come through one buffer: of neither a piece may be kept there."""
+    """Alternate between uploads, which share one receive buffer: no piece may end up in another upload."""
     bodies = {f"/artefacts/app/{name}": os.urandom(1_500_000) for name in "abc"}
     with contextlib.ExitStack() as connections:
         clients = {path: connections.enter_context(program.connect()) for path in bodies}
         for path, client in clients.items():
             client.send(head("PUT", path, f"Content-Length: {len(bodies[path])}"))
-        for start in range(0, 1_500_000, 100_000):  # the first two stay in memory
+        for start in range(0, 1_500_000, 100_000):  # the first two pieces of each stay in memory
             for path, client in clients.items():
                 client.send(bodies[path][start : start + 100_000])
         assert [client.answer().status for client in clients.values()] == [201, 201, 201]
@@ -3226,7 +3247,7 @@ def test_download_continues_after_replacement_and_deletion(program: Program) -> 
 
 
 def test_download_of_a_truncated_file_ends(program: Program) -> None:
-    """Somebody edits what is served. It cannot be whole any more, but it must not spin for ever."""
+    """Truncate a file while it is served. The response cannot be complete, but it must not loop forever."""
     program.ask(put("/artefacts/app/edited", bytes(30_000_000)))
     with program.connect(receive_buffer=4096) as connection:
         assert connection.send(head("GET", "/artefacts/app/edited")).file.peek(1)
@@ -3258,8 +3279,8 @@ def test_no_request_runs_after_a_stream_that_fails_at_once(data: Path) -> None:
             with program.connect() as connection:
                 following = put(f"/artefacts/other/{number}", b"x")
                 connection.send(head("GET", "/artefacts/app?format=tar") + following)
-                told = connection.file.read()
-            assert told.startswith(b"HTTP/1.1 200 ") and told.count(b"HTTP/1.1") == 1
+                received = connection.file.read()
+            assert received.startswith(b"HTTP/1.1 200 ") and received.count(b"HTTP/1.1") == 1
             assert program.get(f"/artefacts/other/{number}").status == 404
 
 
@@ -3283,7 +3304,7 @@ def test_clients_that_do_not_read_hold_no_worker_thread(tmp_path: Path) -> None:
 
 
 def test_idle_clients_do_not_delay_others(program: Program, large: bytes) -> None:
-    """Hundreds: many say nothing, some stop in the middle, more than there are threads do not read."""
+    """Open 300 connections: most are silent, some stop in a request, 30 do not read (more than threads)."""
     with contextlib.ExitStack() as opened:
         for number in range(300):
             connection = opened.enter_context(program.connect(receive_buffer=4096))
@@ -3318,7 +3339,7 @@ def test_unremovable_staging_file_does_not_block_connections(data: Path) -> None
 
 
 def test_interrupted_worker_does_not_delay_its_result(tmp_path: Path) -> None:
-    """What it left is the loop's at once, though the worker be interrupted right there."""
+    """Interrupt the worker right after it leaves its result: the event loop must see the result at once."""
     code = IMPORT + """
 import time
 class Result(list):
@@ -3344,7 +3365,7 @@ artefacts.main()
 def test_no_busy_loop_while_a_worker_waits_for_a_lost_client(program: Program) -> None:
     def processor_time() -> int:
         fields = Path(f"/proc/{program.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])  # in ticks, 100 a second
+        return int(fields[11]) + int(fields[12])  # in clock ticks: 100 per second
 
     program.ask(put("/artefacts/held/x", b"x"))
     with open(program.data / ".locks/held", "rb+") as lock:
@@ -3388,7 +3409,7 @@ def test_urgent_data_ends_the_connection(program: Program) -> None:
 
 
 def test_connection_times_out_only_without_progress(tmp_path: Path) -> None:
-    """One that is silent for waitress's timeout is closed; these are not, and are slow."""
+    """Close a connection that is silent for waitress's timeout, but none that still makes progress."""
     timeout = "artefacts.waitress.server.Adjustments."
     code = IMPORT + f"{timeout}channel_timeout = 1; {timeout}cleanup_interval = 0; artefacts.main()"
     add_file(tmp_path / "data/app/large", bytes(40_000_000))
@@ -3424,7 +3445,7 @@ artefacts.Upload._hash = stalled
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("then", ["hashed", "silent"])
 def test_receiving_pauses_while_hashing_is_far_behind(tmp_path: Path, then: str) -> None:
-    """And the rest when it is done; what trickles is received then, and before it would count as silence."""
+    """Receive the rest once the hash has caught up. A paused connection does not count as silent."""
     go, timeout = tmp_path / "go", "artefacts.waitress.server.Adjustments."
     code = STALLED.replace("GO", repr(str(go)))
     if then == "silent":
@@ -3454,7 +3475,7 @@ def test_receiving_pauses_while_hashing_is_far_behind(tmp_path: Path, then: str)
                 connection.send(body[sent : sent + 1000])
                 sent += 1000
                 time.sleep(0.1)
-                assert program.get("/").status == 303  # so that the server looks who is silent
+                assert program.get("/").status == 303  # makes the server look for silent connections
             go.touch()
         assert connection.send(body[sent:]).answer().status == 201
         assert program.get("/artefacts/app/x").body == body
@@ -3466,7 +3487,7 @@ def test_unsuitable_waitress_falls_back_to_its_stock_server(tmp_path: Path) -> N
     path, body = "/artefacts/app/x", os.urandom(3_000_000)
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
         assert "waitress lacks WSGITask.teleport: " in program.log.read_text()
-        os.truncate(program.log, 0)  # nothing else comes into it
+        os.truncate(program.log, 0)  # the log must stay empty from here on
         assert program.ask(put(path, body)).status == 201
         assert program.get(path).body == body
         assert program.get(path, "Range: bytes=5-9").body == body[5:10]
@@ -3477,15 +3498,15 @@ def test_unsuitable_waitress_falls_back_to_its_stock_server(tmp_path: Path) -> N
 # == Connections: hostile input ===================================================================
 
 MEGABYTE = b"x" * 1_000_000
-BAD_BODIES = [  # header fields, what follows them, the request's version
+BAD_BODIES = [  # header fields, the bytes after the header, HTTP version
     *(([CHUNKED], line + b"\r\nabc\r\n0\r\n\r\n", "1.1") for line in (
         b"xyz", b"-3", b"+3", b"0x3", b"2", b"1_0", b"3 3", b"3;\0=1", b"3 ", b"", b"\n3", b"3\r",
         b"4\r\nabcd3", b"0\r\nX: y\nZ: 1", b"0\r\n\n",
-        # Nor may any client fill the memory with what is not even a body.
+        # Framing bytes must not fill the memory either.
         b"1" * 1_000_000, b"3;" + MEGABYTE, b"0\r\nX: " + MEGABYTE, b"0\r\n" + b"X: y\r\n" * 200_000,
     )),
-    # Where it is doubtful where the body ends, what follows could be taken for a request that the
-    # client never made (RFC 9112 §11.2). HTTP/1.0 has no Transfer-Encoding (§6.1).
+    # If the end of the body is unclear, the bytes after it could be taken for a request that the client
+    # never sent (RFC 9112 §11.2). HTTP/1.0 has no Transfer-Encoding (§6.1).
     *((fields, b"3\r\nabc\r\n0\r\n\r\n", version) for fields, version in (
         ([CHUNKED], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.1"),
         (["Transfer-Encoding : chunked"], "1.1"), (["Transfer-Encoding: \x0bchunked"], "1.1"),
@@ -3526,7 +3547,7 @@ def test_garbage_request_line_is_refused(program: Program, line: bytes) -> None:
     assert program.get(EXISTING).status == 200
 
 
-BAD_SEGMENTS = [  # what no segment may be or have, as it may be written in a path
+BAD_SEGMENTS = [  # invalid segments, as they may be written in a path
     "..", ".", "%2e%2e", "%2E%2e", ".%2e", "..%2f..", "%2e%2e%2f%2e%2e", "..%5c..", "..\\..", "%5c..",
     "x%5cy", "%00", "..%00", "x%00y", "%2e%2e%00", "%c0%ae%c0%ae", "%c0%af..", "..%c0%af",
     "%e0%80%ae%e0%80%ae", "%f0%80%80%ae", "%ff", "%ed%a0%80", "..;", "....", ".versions", "%2everssions",
@@ -3576,14 +3597,14 @@ def test_no_path_leads_outside_the_data_directory(exposed: Program) -> None:
         assert refused(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
         assert refused(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
     assert tree(exposed.data) == before
-    for odd in LITERAL:  # decoded once, and never a second time
+    for odd in LITERAL:  # a path is decoded exactly once
         for path in (f"literal/{odd}", f"literal/{odd}-f/{odd}", f"{odd}/x"):
             assert ask(exposed, f"PUT /artefacts/{path}", body=odd.encode()).status == 201
             assert (exposed.data / unquote(path)).read_bytes() == odd.encode()
             assert exposed.get(f"/artefacts/{path}").body == odd.encode()
 
 
-BOMBS: list[tuple[str, str, str]] = [  # method; the statuses that are right; header fields
+BOMBS: list[tuple[str, str, str]] = [  # method; allowed statuses; header fields
     *(("GET", statuses, f"Range: bytes={ranges}") for statuses, ranges in (
         ("200", ",".join(["0-0"] * 10_000)), ("206", "0-" + "9" * 5000), ("416", "9" * 5000 + "-"),
         ("206", "-" + "9" * 5000), ("206", "0" * 5000 + "-1"), ("200", " " * 60_000), ("200", "\xb2-"),
@@ -3635,11 +3656,11 @@ def test_log_has_one_line_per_request(tmp_path: Path) -> None:
         (head("GET", "/x", "Content-Length: many"), '"GET /x HTTP/1.1" 400 '),
     ]  # fmt: skip
     with Program(tmp_path / "data") as program:
-        for number, (request, told) in enumerate(requests, 1):
+        for number, (request, expected) in enumerate(requests, 1):
             program.ask(request)
             eventually(lambda: program.log.read_text().count("\n") == number)  # noqa: B023
             logged = program.log.read_text().splitlines()[-1]
-            assert told in logged
+            assert expected in logged
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
@@ -3684,8 +3705,8 @@ def test_signal_lets_running_requests_finish(tmp_path: Path, number: signal.Sign
     with Program(tmp_path / "data", "--quiet") as program, contextlib.ExitStack() as opened:
         program.ask(put("/artefacts/app/large", large))
         for _ in range(5):
-            opened.enter_context(program.connect())  # idle from the start
-        opened.enter_context(program.connect()).ask(head("GET", "/artefacts/"))  # idle now
+            opened.enter_context(program.connect())  # never sent a request
+        opened.enter_context(program.connect()).ask(head("GET", "/artefacts/"))  # is idle after its request
         reader = opened.enter_context(program.connect(receive_buffer=4096))
         assert reader.send(head("GET", "/artefacts/app/large")).file.read(1) == b"H"
         writer = opened.enter_context(start_upload(program))
@@ -3699,7 +3720,7 @@ def test_signal_lets_running_requests_finish(tmp_path: Path, number: signal.Sign
 
 
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
-    code = ("-W", "ignore", str(PROGRAM))  # at once is not tidily
+    code = ("-W", "ignore", str(PROGRAM))  # an immediate exit leaves resources open
     with Program(tmp_path / "data", "--quiet", code=code) as program, start_upload(program):
         program.process.send_signal(signal.SIGINT)
         eventually(lambda: not program.listens())
@@ -3719,8 +3740,8 @@ def test_unfinished_request_delays_the_stop_only_by_the_grace_period(tmp_path: P
 
 def test_kill_loses_no_acknowledged_push_and_tears_none(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    sent: dict[str, list[str]] = {}  # by id, the digests of the bodies in the order they were sent
-    acknowledged: dict[str, int] = {}  # by id, how many of them were
+    sent: dict[str, list[str]] = {}  # by id: digests of the bodies, in the order of sending
+    acknowledged: dict[str, int] = {}  # by id: how many of them were acknowledged
 
     def upload(worker: int) -> None:
         for number in itertools.count():
@@ -3773,7 +3794,9 @@ def test_exactly_one_of_many_replacements_wins(pair: list[Program]) -> None:
 @pytest.mark.parametrize(("method", "field", "refusal"), [
     ("POST", "X: y", 409), ("PUT", "If-None-Match: *", 412)
 ])  # fmt: skip
-def test_exactly_one_of_many_creations_wins(pair: list[Program], method: str, field: str, refusal: int) -> None:
+def test_exactly_one_of_many_creations_wins(
+    pair: list[Program], method: str, field: str, refusal: int
+) -> None:
     for round in range(12):
         path = f"/artefacts/{method}-{round}/created"
         requests = [put(path, b"%d" % client, field, method=method) for client in range(8)]
@@ -3821,7 +3844,7 @@ def test_reader_never_sees_a_torn_or_missing_artefact(pair: list[Program]) -> No
 
 
 def test_concurrent_pushes_and_deletes_in_the_same_folders(pair: list[Program]) -> None:
-    """They make and remove the same folders all the time: each is performed, or finds nothing there."""
+    """Create and remove the same folders all the time: each request succeeds or gets 404."""
     path, allowed = "/artefacts/busy/a/b/c", {200, 201, 204, 404}
     requests = [
         put(path, b"1"), head("DELETE", path), put(path, bytes(300_000)), head("GET", "/artefacts/busy"),
@@ -3845,6 +3868,6 @@ def test_concurrent_pushes_and_deletes_in_the_same_folders(pair: list[Program]) 
 
 def test_readme_contains_the_help_text() -> None:
     command, environment = [sys.executable, str(PROGRAM), "--help"], os.environ | {"COLUMNS": "90"}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     readme = PROGRAM.with_name("README.md").read_text()
-    assert "\n".join(f"    {line}" if line else "" for line in told.splitlines()) in readme
+    assert "\n".join(f"    {line}" if line else "" for line in help_text.splitlines()) in readme
