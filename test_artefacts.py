@@ -68,6 +68,7 @@ ONE, TWO, NEW = (f'"{sha256(content)}"' for content in (b"one", b"two", b"new"))
 MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2 as a header field
 INITIAL = {"app/x.txt": b"two", f"app/.versions/x.txt/{T1}": b"one", "app/f/y": b"why"}
 RESTORE = f"POST /app/x.txt?restore={T1}"
+SECRET = b"not for you"
 READER, CI, IDLE, COLON = "of-the-reader", "of-the-builder", "of-one-without-rights", "p:ss:wörd"
 DIGESTS = [sha256(token.encode()) for token in (READER, CI, IDLE, COLON)]
 TOKENS = f"""
@@ -100,11 +101,21 @@ def fill(data: Path, *directories: str) -> Path:
     """Write x and one earlier version by hand into each directory. Return the data directory."""
     for directory in directories:
         for name, version in (("x", V2), (f".versions/x/{V1}", V1)):
-            file = data / directory / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(version.encode())
-            os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
+            add_file(data / directory / name, version.encode(), version)
     return data
+
+
+def write_secrets(outside: Path) -> None:
+    """Write files that the program must not touch, where links and paths of the tests point."""
+    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
+        (outside / name).parent.mkdir(parents=True, exist_ok=True)
+        (outside / name).write_bytes(SECRET)
+
+
+def state_of(folder: Path) -> list[object]:
+    """Return the time and the size of everything below a folder, to compare it with a later state."""
+    files = sorted((folder, *folder.rglob("*")))
+    return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -493,19 +504,12 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     """Run the program without tokens, on the loopback. Assert that no file beside its data changes."""
     folder = tmp_path_factory.mktemp("exposed")
     outside, data = folder / "outside", fill(folder / "data", "app", "app/d")
-    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
-        (outside / name).parent.mkdir(parents=True, exist_ok=True)
-        (outside / name).write_bytes(b"not for you")
-
-    def state() -> list[object]:
-        files = sorted((outside, *outside.rglob("*")))
-        return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
-
-    before = state()
+    write_secrets(outside)
+    before = state_of(outside)
     with Program(data, "--no-fsync", "--keep-versions=5", "--allow-host=Artefacts.example") as running:
         yield running
         assert running.process.poll() is None and running.get("/artefacts/app/x").body == V2.encode()
-    assert state() == before and set(os.listdir(folder)) == {"data", "outside", running.log.name}
+    assert state_of(outside) == before and set(os.listdir(folder)) == {"data", "outside", running.log.name}
 
 
 def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
@@ -2425,11 +2429,11 @@ def test_refused_upload_is_not_awaited_or_stored(guarded: Program, announced: st
 def test_upload_without_rights_is_refused_before_its_body(tmp_path: Path) -> None:
     config, token = tmp_path / "config.toml", "a-token-that-nobody-guesses"
     config.write_text(f'[[token]]\nname = "ci"\nsha256 = "{sha256(token.encode())}"\nwrite = ["nightly"]\n')
-    basic = base64.b64encode(f"anyone:{token}".encode()).decode()
     with Program(tmp_path / "data", "--config", str(config)) as program:
         for directory, field, status in (
             ("nightly", "X: y", 401), ("nightly", "Authorization: Bearer wrong", 401),
-            ("nightly", f"Authorization: Basic A{basic}", 401), ("app", f"Authorization: Basic {basic}", 403),
+            ("nightly", f"Authorization: Basic A{basic(token)[6:]}", 401),
+            ("app", f"Authorization: {basic(token)}", 403),
         ):  # fmt: skip
             for announced in ("Content-Length: 5000000", CHUNKED):
                 path = f"/artefacts/{directory}/x"
@@ -2437,7 +2441,7 @@ def test_upload_without_rights_is_refused_before_its_body(tmp_path: Path) -> Non
                 assert answer.is_problem(status)
                 assert ("WWW-Authenticate" in answer.headers) == (status == 401)
         assert program.ask(put("/artefacts/nightly/x", b"1", f"Authorization: Bearer {token}")).status == 201
-        assert program.ask(put("/artefacts/nightly/x", b"2", f"Authorization: Basic {basic}")).status == 200
+        assert program.ask(put("/artefacts/nightly/x", b"2", f"Authorization: {basic(token)}")).status == 200
         assert os.listdir(program.data / "nightly") == ["x"]
     log = program.log.read_text()
     assert "127.0.0.1 - ci [" in log
