@@ -31,7 +31,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
@@ -97,6 +97,14 @@ def add_file(file: Path, content: bytes, version: str = T1) -> None:
     os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
 
 
+def damage(file: Path, content: bytes) -> None:
+    """Overwrite the beginning of a file as a failing disk would: size and modification time stay."""
+    before = file.stat()
+    with file.open("r+b") as damaged:
+        damaged.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def fill(data: Path, *directories: str) -> Path:
     """Write x and one earlier version by hand into each directory. Return the data directory."""
     for directory in directories:
@@ -136,12 +144,6 @@ def tree(path: Path) -> dict[str, bytes]:
         elif name not in (".incoming", ".locks", ".trash") and not any(file.iterdir()):
             found[name + "/"] = b""
     return found
-
-
-def stored(data: Path, directory: str = "app") -> dict[str, bytes]:
-    below = data / directory
-    files = sorted(file for file in below.rglob("*") if file.is_file())
-    return {str(file.relative_to(below)): file.read_bytes() for file in files}
 
 
 def require_attributes(data: Path) -> None:
@@ -233,7 +235,7 @@ def cases_of(rules: Rules) -> list[Any]:
     return [pytest.param(rule, case, id=id) for id, rule, case in rows]
 
 
-def check(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
+def check_rule(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
     """Call the function with all of the row but its last item: the result, or the exception, to expect."""
     *arguments, expected = case
     with pytest.raises(expected) if isinstance(expected, type) else contextlib.nullcontext():
@@ -249,7 +251,8 @@ def client(data: Path) -> testing.TestClient:
 
 
 @pytest.fixture
-def app(data: Path) -> testing.TestClient:
+def empty_client(data: Path) -> testing.TestClient:
+    """Return a client of an application without any artefact."""
     return testing.TestClient(a.create_app(data, fsync=False))
 
 
@@ -273,13 +276,21 @@ def simulate(client: testing.TestClient, line: str, *fields: str, body: bytes = 
     return client.simulate_request(method, path, headers=headers, body=body)
 
 
-def post(app: testing.TestClient, path: str, *parts: bytes) -> testing.Result:
-    return app.simulate_post(path, headers=FORM, body=b"".join(parts) + b"--XX--\r\n")
+def post(client: testing.TestClient, path: str, *parts: bytes) -> testing.Result:
+    return client.simulate_post(path, headers=FORM, body=b"".join(parts) + b"--XX--\r\n")
 
 
 def part(name: bytes, content: bytes = b"content", more: bytes = b"") -> bytes:
     disposition = b'Content-Disposition: form-data; name="file"; filename="' + name + b'"'
     return b"--XX\r\n" + disposition + more + b"\r\n\r\n" + content + b"\r\n"
+
+
+def streamed_form(body: io.BytesIO) -> dict[str, Any]:
+    """Return the environ of a chunked form in a WSGI server that streams bodies."""
+    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
+    environ.pop("CONTENT_LENGTH", None)
+    chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    return environ | chunked | {"wsgi.input": body}
 
 
 def form_of(*files: tuple[str, bytes], fields: str = "") -> bytes:
@@ -427,6 +438,7 @@ class Program:
             url = re.fullmatch(r"http://127\.0\.0\.1:([0-9]+)/artefacts/\n", output.readline())
         assert url is not None, self.log.read_text()
         self.port = int(url[1])
+        self.url = f"http://127.0.0.1:{self.port}/artefacts/"
 
     def connect(self, receive_buffer: int = 0) -> Connection:
         return Connection(self.port, receive_buffer)
@@ -441,6 +453,13 @@ class Program:
 
     def incoming(self) -> list[str]:
         return os.listdir(self.data / ".incoming")
+
+    def peak_memory(self, *, restart: bool = False) -> int:
+        """Return the peak of the resident memory in bytes. With `restart`, begin a new measurement."""
+        if restart:
+            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
     def listens(self) -> bool:
         with socket.socket() as client:
@@ -517,7 +536,7 @@ def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
     return program.ask(put(path, body, *fields, method=method))
 
 
-def refused(answer: Answer, request: object) -> bool:
+def is_client_error(answer: Answer, request: object) -> bool:
     """Assert that it is a problem with a 4xx status, and that the request injected no header field."""
     assert 400 <= answer.status < 500, (answer.status, request)
     return answer.is_problem(answer.status) and "X-Evil" not in answer.headers
@@ -550,7 +569,7 @@ def send_together(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
         return sorted(clients.map(send, range(len(requests))))
 
 
-def fault(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+def start_error(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """Return the error line of a refused start. A start that is not refused reports a used port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert a.main([f"--port={taken.getsockname()[1]}", *options]) == 2
@@ -559,38 +578,19 @@ def fault(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     return shown.err
 
 
-class Served(NamedTuple):
-    """The program as a process of its own."""
-
-    url: str
-    data: Path
-    pid: int
-
-    def peak(self, *, anew: bool = False) -> int:
-        """Return the peak of the resident memory in bytes. With `anew`, restart the measurement."""
-        if anew:
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    data = tmp_path_factory.mktemp("served")
-    command = [sys.executable, a.__file__, "--port", "0", "--data", str(data), "--no-fsync", "--quiet"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield Served(process.stdout.readline().strip(), data, process.pid)
-        finally:
-            process.terminate()
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Run the program without fsync, for forms and archives."""
+    data = tmp_path_factory.mktemp("served") / "data"
+    with Program(data, "--no-fsync", logged="artefacts: .*") as running:
+        yield running
 
 
 @pytest.fixture
 def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
     def run(*arguments: str, input: bytes = b"") -> str:
         """Run curl and return its output. `@/` in an argument stands for the server's URL."""
-        expanded = [argument.replace("@/", f"http://127.0.0.1:{program.port}/") for argument in arguments]
+        expanded = [argument.replace("@/", program.url.removesuffix("artefacts/")) for argument in arguments]
         command = ["curl", "-sS", "-m", "20", *expanded]
         done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done
@@ -620,7 +620,7 @@ TREE = {
 
 
 @pytest.fixture(scope="module")
-def tree_url(served: Served) -> str:
+def tree_url(served: Program) -> str:
     """Store the artefacts of TREE and return their URL. The first one gets a time in 2001."""
     for id, content in TREE.items():
         with closing(http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)) as connection:
@@ -662,7 +662,7 @@ VALUES: Rules = [
 
 @pytest.mark.parametrize(("rule", "case"), cases_of(VALUES))
 def test_value(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
-    check(rule, case)
+    check_rule(rule, case)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -695,7 +695,7 @@ def test_odd_names_do_not_break_header_fields(exposed: Program) -> None:
         shown, encoded = fetched.headers["Content-Disposition"].rsplit("; filename*=UTF-8''", 1)
         assert unquote(encoded) == name and unquote(pushed.headers["Location"]).endswith(f"/below/{name}")
         assert shown.startswith('inline; filename="') and shown.count('"') - shown.count('\\"') == 2
-        assert fetched.headers["Link"].isascii() and refused(ask(exposed, f"PUT {path}/n"), name)
+        assert fetched.headers["Link"].isascii() and is_client_error(ask(exposed, f"PUT {path}/n"), name)
     listed = json.loads(exposed.get("/artefacts/names?prefix=below/").body)["artefacts"]
     assert [entry["id"] for entry in listed] == sorted(f"below/{name}" for name in ODD_NAMES)
     assert exposed.get("/artefacts/names?prefix=below/a&limit=1").headers["Link"].isascii()
@@ -887,14 +887,14 @@ def test_file_added_by_hand_is_an_artefact(data: Path, repository: a.Repository)
 def test_types_and_digests_with_and_without_attributes(
     data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, attributes: str
 ) -> None:
-    def refused(*_: object) -> bytes:
+    def refuse(*_: object) -> bytes:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     if attributes == "as they are":
         require_attributes(data)
     elif attributes == "refused":
-        monkeypatch.setattr(os, "getxattr", refused, raising=False)
-        monkeypatch.setattr(os, "setxattr", refused, raising=False)
+        monkeypatch.setattr(os, "getxattr", refuse, raising=False)
+        monkeypatch.setattr(os, "setxattr", refuse, raising=False)
     else:
         monkeypatch.setattr(a, "HAS_ATTRIBUTES", False)
     assert push(repository, "x.txt", b"one", type="text/markdown").sha256 == sha256(b"one")
@@ -1559,10 +1559,7 @@ def test_push_of_the_same_bytes_repairs_a_damaged_artefact(
     for size in 10, 2_000_000:
         content, file = os.urandom(size), data / f"app/{size}"
         push(repository, file.name, content)
-        before = file.stat()
-        with file.open("r+b") as damaged:
-            damaged.write(bytes(10))
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        damage(file, bytes(10))
         push(repository, file.name, content)
         assert file.read_bytes() == content
         repaired = file.stat()
@@ -1583,9 +1580,7 @@ def test_verify_distinguishes_damage_from_change(data: Path, capsys: pytest.Capt
     (data / "app/edited").write_bytes(b"edited in place")
     (data / "app/dropped").write_bytes(b"dropped in by hand")
     (version,) = (data / "app/.versions/kept/x").iterdir()
-    before = version.stat()
-    version.write_bytes(b"0ne")  # a flipped bit: same size, same modification time
-    os.utime(version, ns=(before.st_atime_ns, before.st_mtime_ns))
+    damage(version, b"0ne")
     assert a.main(verify) == 1
     *found, counts = capsys.readouterr().out.splitlines()
     assert sorted(line.rpartition(" ")[0] for line in found) == [
@@ -1626,9 +1621,7 @@ def test_verify_continues_after_an_unreadable_file(data: Path, capsys: pytest.Ca
     for name, content in ("a", b"one"), (id, b"one"), (id, b"two"), ("z", b"one"):
         push(a.Repository(data, keep_versions=1), name, content)
     (version,) = (data / "app/.versions" / id).iterdir()
-    before = version.stat()
-    version.write_bytes(b"0ne")
-    os.utime(version, ns=(before.st_atime_ns, before.st_mtime_ns))
+    damage(version, b"0ne")
     (data / "app/a").chmod(0)
     for folder in "app/closed", "closed":
         add_file(data / folder / "x", b"")
@@ -1712,7 +1705,7 @@ SEMANTICS: Rules = [
 
 @pytest.mark.parametrize(("rule", "case"), cases_of(SEMANTICS))
 def test_http_rule(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
-    check(rule, case)
+    check_rule(rule, case)
 
 
 READ, WRITE = "GET HEAD", "PUT POST DELETE"
@@ -1960,26 +1953,26 @@ def test_sha256sum_checks_a_download(tree_url: str, tmp_path: Path) -> None:
     assert pipe(*check).stdout == "1.0/less: FAILED\n"
 
 
-def test_preconditions_apply_to_forms(app: testing.TestClient, data: Path) -> None:
+def test_preconditions_apply_to_forms(empty_client: testing.TestClient, data: Path) -> None:
     for field in ({"If-Match": '"0"'}, {"If-Match": "*"}, {"If-None-Match": "0"}):
         for path in "/artefacts/app", "/artefacts/app/id":
             body = part(b"a") + b"--XX--\r\n"
-            result = app.simulate_post(path, headers=FORM | field, body=body)
+            result = empty_client.simulate_post(path, headers=FORM | field, body=body)
             assert result.status_code == (400 if "If-None-Match" in field else 412), (field, path)
-    assert stored(data) == {}
+    assert tree(data / "app") == {}
 
 
 # == Resources over HTTP: forms ===================================================================
 
 
-def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None:
+def test_curl_pushes_the_files_of_a_form(served: Program, tmp_path: Path) -> None:
     files = {"a b.bin": b"\r\n--a\0\xff", "empty": b"", "ü ☃.html": b"<p>"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     arguments = [argument for name in files for argument in ("-F", f"file=@{tmp_path / name}")]
     status, answer = run_curl(*arguments, "-F", "comment=no file", f"{served.url}curl/")
     assert (status, answer["directory"], answer["refused"]) == (201, "curl", [])
-    assert (ids(answer), stored(served.data, "curl")) == (list(files), files)
+    assert (ids(answer), tree(served.data / "curl")) == (list(files), files)
     assert answer["artefacts"] == run_curl(f"{served.url}curl/")[1]["artefacts"]
     assert answer["artefacts"][2]["type"] == "text/html"
     file = f"file=@{tmp_path / 'empty'};type=image/png;filename=x"
@@ -1997,51 +1990,51 @@ def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_part_is_named_after_its_file_without_folders(
-    app: testing.TestClient, data: Path, name: bytes, id: str | None
+    empty_client: testing.TestClient, data: Path, name: bytes, id: str | None
 ) -> None:
-    result = post(app, "/artefacts/app/", part(b"before"), part(name), part(b"later"))
+    result = post(empty_client, "/artefacts/app/", part(b"before"), part(name), part(b"later"))
     assert result.status_code == (201 if id else 400)
-    assert stored(data) == dict.fromkeys(("before", id or "before", "later"), b"content")
-    assert set(ids(result.json)) == set(stored(data))
+    assert tree(data / "app") == dict.fromkeys(("before", id or "before", "later"), b"content")
+    assert set(ids(result.json)) == set(tree(data / "app"))
     assert [refused["status"] for refused in result.json["refused"]] == ([] if id else [400])
 
 
-def test_form_without_a_file_is_refused(app: testing.TestClient, data: Path) -> None:
+def test_form_without_a_file_is_refused(empty_client: testing.TestClient, data: Path) -> None:
     nothing, field = part(b"", b""), b'--XX\r\nContent-Disposition: form-data; name="f"\r\n\r\nx\r\n'
     for parts in ((nothing,), (field,), ()):
-        result = post(app, "/artefacts/app", *parts)
-        assert (result.status_code, stored(data)) == (400, {})
+        result = post(empty_client, "/artefacts/app", *parts)
+        assert (result.status_code, tree(data / "app")) == (400, {})
         assert "no file" in result.json["detail"]
-    assert post(app, "/artefacts/app", field, nothing, part(b"a"), nothing).status_code == 201
-    assert stored(data) == {"a": b"content"}
+    assert post(empty_client, "/artefacts/app", field, nothing, part(b"a"), nothing).status_code == 201
+    assert tree(data / "app") == {"a": b"content"}
 
 
 @pytest.mark.parametrize("first", ["there", ".name", "large"])
 def test_a_refused_part_does_not_keep_others_out(data: Path, first: str) -> None:
-    app = testing.TestClient(a.create_app(data, fsync=False, max_size=100))
-    post(app, "/artefacts/app", part(b"there"))
+    client = testing.TestClient(a.create_app(data, fsync=False, max_size=100))
+    post(client, "/artefacts/app", part(b"there"))
     bad = {first: 0, "there": 409, ".name": 400, "large": 413}  # in this order
     parts = [part(name.encode(), b"x" * (101 if name == "large" else 1)) for name in bad]
-    result = post(app, "/artefacts/app", part(b"before"), *parts, part(b"later"))
+    result = post(client, "/artefacts/app", part(b"before"), *parts, part(b"later"))
     assert result.status_code in (409, bad[first])
     assert result.headers["Content-Type"] == "application/problem+json"
     assert [(refused["id"], refused["status"]) for refused in result.json["refused"]] == [*bad.items()]
     assert all(refused["detail"] for refused in result.json["refused"])
     assert ids(result.json) == ["before", "later"]
-    assert stored(data) == dict.fromkeys(("there", "before", "later"), b"content")
+    assert tree(data / "app") == dict.fromkeys(("there", "before", "later"), b"content")
     assert not any((data / ".incoming").iterdir())
 
 
-def test_truncated_form_stores_only_whole_files(app: testing.TestClient, data: Path) -> None:
+def test_truncated_form_stores_only_whole_files(empty_client: testing.TestClient, data: Path) -> None:
     files = {"one": b"1\r\n--X\r\n", "two": b"\r\n\r\n--XYno"}
     form = b"".join(part(name.encode(), content) for name, content in files.items()) + b"--XX--"
     for cut in range(len(form)):
-        result = app.simulate_post(f"/artefacts/{cut}", headers=FORM, body=form[:cut])
-        found = stored(data, str(cut))
+        result = empty_client.simulate_post(f"/artefacts/{cut}", headers=FORM, body=form[:cut])
+        found = tree(data / str(cut))
         assert result.status_code == 400, cut
         assert found.items() <= files.items(), cut
         assert ids(result.json) == list(found), cut
-    assert app.simulate_post("/artefacts/all", headers=FORM, body=form).status_code == 201
+    assert empty_client.simulate_post("/artefacts/all", headers=FORM, body=form).status_code == 201
 
 
 @pytest.mark.parametrize(
@@ -2057,54 +2050,51 @@ def test_truncated_form_stores_only_whole_files(app: testing.TestClient, data: P
     )],
 )  # fmt: skip
 def test_malformed_form_is_refused(
-    app: testing.TestClient, data: Path, boundary: str, body: bytes
+    empty_client: testing.TestClient, data: Path, boundary: str, body: bytes
 ) -> None:
     fields = {"Content-Type": f"multipart/form-data{boundary}"}
-    result = app.simulate_post("/artefacts/app", headers=fields, body=body)
+    result = empty_client.simulate_post("/artefacts/app", headers=fields, body=body)
     assert (result.status_code, bool(result.json["detail"])) == (400, True)
-    assert ids(result.json) == list(stored(data))
+    assert ids(result.json) == list(tree(data / "app"))
 
 
-def test_part_type_comes_from_its_header_or_its_name(app: testing.TestClient) -> None:
+def test_part_type_comes_from_its_header_or_its_name(empty_client: testing.TestClient) -> None:
     said = (b"", b"\r\nContent-Type: text/plain", b"\r\nContent-Type: application/octet-stream")
     parts = [part(b"%d.html" % number, more=more) for number, more in enumerate(said)]
-    types = [artefact["type"] for artefact in post(app, "/artefacts/app", *parts).json["artefacts"]]
+    types = [artefact["type"] for artefact in post(empty_client, "/artefacts/app", *parts).json["artefacts"]]
     assert types == ["text/html", "text/plain", "text/html"]
 
 
-def test_digest_of_a_form_is_refused(app: testing.TestClient, data: Path) -> None:
+def test_digest_of_a_form_is_refused(empty_client: testing.TestClient, data: Path) -> None:
     digest = {"X-Checksum-Sha256": sha256(b"content")}
-    result = app.simulate_post("/artefacts/app", headers=FORM | digest, body=part(b"a") + b"--XX--\r\n")
-    assert (result.status_code, stored(data)) == (400, {}) and "PUT" in result.json["detail"]
+    body = part(b"a") + b"--XX--\r\n"
+    result = empty_client.simulate_post("/artefacts/app", headers=FORM | digest, body=body)
+    assert (result.status_code, tree(data / "app")) == (400, {}) and "PUT" in result.json["detail"]
 
 
-def test_part_with_an_invalid_type_gets_the_type_of_its_name(app: testing.TestClient) -> None:
-    result = post(app, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
+def test_part_with_an_invalid_type_gets_the_type_of_its_name(empty_client: testing.TestClient) -> None:
+    result = post(empty_client, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
     assert [artefact["type"] for artefact in result.json["artefacts"]] == ["text/html"]
 
 
-def test_form_is_never_stored_as_it_is(app: testing.TestClient, data: Path) -> None:
-    assert post(app, "/artefacts/app/1.0/x", part(b"other")).status_code == 201
-    assert post(app, "/artefacts/app/1.0/x", part(b"other", b"2")).status_code == 409
-    assert post(app, "/artefacts/app/two", part(b"a"), part(b"b", b"2")).status_code == 409
-    assert app.simulate_put("/artefacts/app/put", headers=FORM, body=part(b"a")).status_code == 415
-    assert app.simulate_post("/artefacts/app", body=b"no form").status_code == 415
-    assert stored(data) == {"1.0/x": b"content", "two": b"content"}
+def test_form_is_never_stored_as_it_is(empty_client: testing.TestClient, data: Path) -> None:
+    assert post(empty_client, "/artefacts/app/1.0/x", part(b"other")).status_code == 201
+    assert post(empty_client, "/artefacts/app/1.0/x", part(b"other", b"2")).status_code == 409
+    assert post(empty_client, "/artefacts/app/two", part(b"a"), part(b"b", b"2")).status_code == 409
+    assert empty_client.simulate_put("/artefacts/app/put", headers=FORM, body=part(b"a")).status_code == 415
+    assert empty_client.simulate_post("/artefacts/app", body=b"no form").status_code == 415
+    assert tree(data / "app") == {"1.0/x": b"content", "two": b"content"}
 
 
-def test_chunked_form_on_a_streaming_server(app: testing.TestClient, data: Path) -> None:
-    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
-    environ.pop("CONTENT_LENGTH", None)
-    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
-    environ["wsgi.input"] = io.BytesIO(part(b"a") + b"--XX--\r\n")
+def test_chunked_form_on_a_streaming_server(empty_client: testing.TestClient, data: Path) -> None:
     response = testing.StartResponseMock()
-    app.app(environ, response)
-    assert (response.status, stored(data)) == ("201 Created", {"a": b"content"})
+    empty_client.app(streamed_form(io.BytesIO(part(b"a") + b"--XX--\r\n")), response)
+    assert (response.status, tree(data / "app")) == ("201 Created", {"a": b"content"})
 
 
 @pytest.mark.parametrize("breaks", ["in a file", "between files", "at once"])
 def test_chunked_form_whose_stream_raises(
-    app: testing.TestClient, data: Path, breaks: str
+    empty_client: testing.TestClient, data: Path, breaks: str
 ) -> None:
     class Breaking(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
@@ -2113,23 +2103,20 @@ def test_chunked_form_whose_stream_raises(
             return piece
 
     whole = {"in a file": part(b"a") + part(b"b")[:-5], "between files": part(b"a"), "at once": b""}[breaks]
-    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
-    environ.pop("CONTENT_LENGTH", None)
-    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
     response = testing.StartResponseMock()
-    answer = b"".join(app.app(environ | {"wsgi.input": Breaking(whole)}, response))
+    answer = b"".join(empty_client.app(streamed_form(Breaking(whole)), response))
     listed = json.loads(answer)
     assert response.status == "400 Bad Request" and "broke off" in str(listed)
-    assert ids(listed) == list(stored(data))
+    assert ids(listed) == list(tree(data / "app"))
 
 
 @pytest.mark.parametrize("fields", [(), ("-H", "Transfer-Encoding: chunked")], ids=["length", "chunked"])
-def test_large_form_is_not_held_in_memory(served: Served, tmp_path: Path, fields: tuple[str, ...]) -> None:
+def test_large_form_is_not_held_in_memory(served: Program, tmp_path: Path, fields: tuple[str, ...]) -> None:
     with open(tmp_path / "large", "wb") as file:
         file.truncate(LARGE_SIZE)
-    before, url = served.peak(anew=True), f"{served.url}large{len(fields)}/"
+    before, url = served.peak_memory(restart=True), f"{served.url}large{len(fields)}/"
     assert run_curl(*fields, "-F", f"file=@{tmp_path / 'large'}", url)[0] == 201
-    assert served.peak() - before < 16 * 1024 * 1024
+    assert served.peak_memory() - before < 16 * 1024 * 1024
     subprocess.run(["cmp", tmp_path / "large", served.data / f"large{len(fields)}/large"], check=True)
 
 
@@ -2144,7 +2131,7 @@ def test_odd_forms_do_not_break_header_fields(exposed: Program) -> None:
         body = form_of(("t", b"1"), fields=f"\r\nContent-Type: {type}")
         pushed = ask(exposed, "POST /artefacts/form/type", MULTIPART, body=body)
         if pushed.status != 201:
-            assert refused(pushed, type)
+            assert is_client_error(pushed, type)
             continue
         assert exposed.get("/artefacts/form/type").body == b"1", type
         ask(exposed, "DELETE /artefacts/form/type?versions")
@@ -2153,10 +2140,10 @@ def test_odd_forms_do_not_break_header_fields(exposed: Program) -> None:
 # == Resources over HTTP: archives ================================================================
 
 
-def test_gnu_tar_reproduces_files_and_times(served: Served, tree_url: str, tmp_path: Path) -> None:
+def test_gnu_tar_reproduces_files_and_times(served: Program, tree_url: str, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     assert pipe(f"{tree_url}?format=tar", "tar -x -C tree", tmp_path).returncode == 0
-    assert stored(tmp_path, "tree") == TREE
+    assert tree(tmp_path / "tree") == TREE
     original, copied = (
         [(artefact.id, artefact.version) for artefact in a.Repository(data).artefacts("tree")]
         for data in (served.data, tmp_path)
@@ -2176,17 +2163,17 @@ def test_python_reads_the_tar_filtered_by_prefix(tree_url: str, prefix: str) -> 
     assert found == {id: content for id, content in TREE.items() if id.startswith(prefix)}
 
 
-def test_large_tar_is_not_held_in_memory(served: Served, tmp_path: Path) -> None:
+def test_large_tar_is_not_held_in_memory(served: Program, tmp_path: Path) -> None:
     (served.data / "sparse").mkdir()
     for name in ("a", "b"):
         with open(served.data / "sparse" / name, "wb") as file:
             file.truncate(LARGE_SIZE)
-    before = served.peak(anew=True)
+    before = served.peak_memory(restart=True)
     assert pipe(f"{served.url}sparse?format=tar", "tar -t", tmp_path).stdout == "a\nb\n"
-    assert served.peak() - before < 64 * 1024 * 1024
+    assert served.peak_memory() - before < 64 * 1024 * 1024
 
 
-def test_aborted_tar_does_not_look_complete(served: Served) -> None:
+def test_aborted_tar_does_not_look_complete(served: Program) -> None:
     file = served.data / "shrinks/a"
     file.parent.mkdir()
     file.touch()
@@ -2529,20 +2516,24 @@ def test_max_size_of_a_directory(guarded: Program) -> None:
     assert ask(guarded, "PUT /artefacts/nightly/n", token, body=bytes(3_000_000)).status == 201
 
 
-T, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
+TOKEN, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
 MISTAKES: list[tuple[str, str]] = [  # a config file, and the place that the error line names
     ('read = ["*"]', "read"), ("[anonymos]\nread = []", "anonymos"), ('"a\\nb" = 1', "a"),
     ("[anonymous.x]", "x"), ('[anonymous]\nreads = ["*"]', "reads"), ('[anonymous]\nname = "x"', "name"),
     ("anonymous = 1", "anonymous"), ('[anonymous]\nread = "*"', "anonymous"),
     ("[anonymous]\nread = [1]", "anonymous"), ("[directory]", "directory"),
-    ("[[anonymous]]\nread = []", "anonymous"), (T + KEY + "wirte = []", "wirte"),
-    ('[token]\nname = "t"', "token"), (f"[[token]]\n{KEY}", "name"), (T, "sha256"),
+    ("[[anonymous]]\nread = []", "anonymous"), (TOKEN + KEY + "wirte = []", "wirte"),
+    ('[token]\nname = "t"', "token"), (f"[[token]]\n{KEY}", "name"), (TOKEN, "sha256"),
     (f'[[token]]\nname = ""\n{KEY}', "token"), ("token = 1", "token"),
-    (f"[[token]]\nname = 5\n{KEY}", "token"), (T + 'sha256 = ""', "token"), (T + "sha256 = 1", "token"),
-    (T + KEY + '[[token]]\nname = "u"\nsha256 = "0"', "2"), (f'{T}sha256 = "{"g" * 64}"', "token"),
-    (T + KEY + "read = {}", "token"), (T + KEY + 'write = [["*"]]', "token"), ("[[token]]\n[[token]]", "1"),
-    (T + KEY + T + f'sha256 = "{DIGESTS[1]}"', "same"), (T + KEY + f'[[token]]\nname = "u"\n{KEY}', "same"),
-    (f'{T}sha256 = "{sha256(b"")}"', "token"), ("[[directory]]\nwrite_once = true", "name"),
+    (f"[[token]]\nname = 5\n{KEY}", "token"), (TOKEN + 'sha256 = ""', "token"),
+    (TOKEN + "sha256 = 1", "token"),
+    (TOKEN + KEY + '[[token]]\nname = "u"\nsha256 = "0"', "2"),
+    (f'{TOKEN}sha256 = "{"g" * 64}"', "token"),
+    (TOKEN + KEY + "read = {}", "token"), (TOKEN + KEY + 'write = [["*"]]', "token"),
+    ("[[token]]\n[[token]]", "1"),
+    (TOKEN + KEY + TOKEN + f'sha256 = "{DIGESTS[1]}"', "same"),
+    (TOKEN + KEY + f'[[token]]\nname = "u"\n{KEY}', "same"),
+    (f'{TOKEN}sha256 = "{sha256(b"")}"', "token"), ("[[directory]]\nwrite_once = true", "name"),
     *((f'[[directory]]\nname = "a"\n[[directory]]\nname = "b"\n{line}', "2") for line in (
         'write_once = "yes"', "write_once = 1", "keep_versions = -1", 'keep_versions = "some"',
         "keep_versions = true", "keep_versions = 1.5", "max_size = -1", "max_size = true",
@@ -2560,16 +2551,16 @@ def test_mistake_in_the_config_file_stops_the_start(
     file, data = tmp_path / "c.toml", tmp_path / "data"
     for text, place in MISTAKES:
         file.write_bytes(text.encode(errors="surrogateescape"))
-        message = fault(capsys, f"--config={file}", f"--data={data}")
+        message = start_error(capsys, f"--config={file}", f"--data={data}")
         assert str(file) in message and place in message.replace(str(file), ""), (text[:200], message)
         with pytest.raises(ValueError, match=r"c\.toml"):
             a.create_app(data, config=file)
-    file.write_text(T + f'sha256 = "{CI}"')  # not its digest
-    assert CI not in fault(capsys, f"--config={file}")
+    file.write_text(TOKEN + f'sha256 = "{CI}"')  # not its digest
+    assert CI not in start_error(capsys, f"--config={file}")
     file.chmod(0)
     closed = [file] if os.geteuid() else []  # root can read every file
     for unreadable in (tmp_path / "missing", tmp_path, *closed):
-        assert str(unreadable) in fault(capsys, f"--config={unreadable}", f"--data={data}")
+        assert str(unreadable) in start_error(capsys, f"--config={unreadable}", f"--data={data}")
     assert not data.exists()
 
 
@@ -2598,7 +2589,7 @@ def test_network_address_needs_tokens_or_open(
     rules.write_text('[anonymous]\nread = ["*"]\n')
     for host in ("0.0.0.0", "::", "", "192.0.2.1", "128.0.0.1", "localhost.example"):
         for config in ([], [f"--config={rules}"]):
-            assert "--open" in fault(capsys, data, f"--host={host}", *config)
+            assert "--open" in start_error(capsys, data, f"--host={host}", *config)
     for option in (f"--config={tokens}", "--open"):
         command = [sys.executable, str(PROGRAM), "--host=0.0.0.0", "--port=0", "--quiet", data, option]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -3591,15 +3582,15 @@ def test_no_path_leads_outside_the_data_directory(exposed: Program) -> None:
     for target in TARGETS:
         for method in ("GET", "PUT", "DELETE", "POST"):
             answer = ask(exposed, f"{method} {target}", MULTIPART, body=form_of(("n", b"1")))
-            assert refused(answer, (method, target[:100]))
+            assert is_client_error(answer, (method, target[:100]))
     for status, lines in QUERIES.items():
         for line in lines:
             answer = exposed.get(f"/artefacts/{line}")
             assert answer.status == status and "X-Evil" not in answer.headers, line[:80]
-            assert status == 200 or refused(answer, line)
+            assert status == 200 or is_client_error(answer, line)
     for bad in ("../../../outside/secret", "..", "%00", "1" * 5000, "", V1[:-1], V1 + "/"):
-        assert refused(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
-        assert refused(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
+        assert is_client_error(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
+        assert is_client_error(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
     assert tree(exposed.data) == before
     for odd in LITERAL:  # a path is decoded exactly once
         for path in (f"literal/{odd}", f"literal/{odd}-f/{odd}", f"{odd}/x"):
@@ -3644,7 +3635,7 @@ def test_huge_header_fields_and_numbers(exposed: Program) -> None:
                 connection.send(request.encode("latin-1"))
             answer = connection.answer()
         assert str(answer.status) in statuses, (answer.status, fields[:80])
-        assert answer.status < 400 or refused(answer, fields[:80])
+        assert answer.status < 400 or is_client_error(answer, fields[:80])
         assert "X-Evil" not in answer.headers and time.monotonic() - started < 5, fields[:80]
 
 

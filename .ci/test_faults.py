@@ -547,7 +547,8 @@ class PowerCut:
         if self.is_own(name):
             return
         assert self.locks or not name.startswith(self.data), f"{name} was created without the lock"
-        assert not any(name.startswith(f"{lost}/") for lost in self.names), f"{name} is below a name that may be lost"
+        inside = [folder for folder in self.names if name.startswith(f"{folder}/")]
+        assert not inside, f"{name} was created in a folder that is not durable"
         self.names.add(name)
 
     def remove_name(self, name: str) -> None:
