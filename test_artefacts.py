@@ -1,4 +1,4 @@
-"""What the program promises: of the repository alone, in stories; of its rules, in tables; over HTTP."""
+"""Check the contract of artefacts.py. The sections follow the parts of the module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
@@ -49,25 +49,26 @@ def sha256(content: bytes) -> str:
 
 T1, T2, T3 = "20240101T000000.000001Z", "20240102T000000.000002Z", "20240103T000000.000003Z"
 V1, V2 = "20240101T000000.000000Z", "20240102T000000.000000Z"
-MANY = random.Random(1).randbytes(3 * 1024 * 1024 + 1)  # more than is held in memory
-LARGE = 200 * 1024 * 1024
+LARGE_BODY = random.Random(1).randbytes(3 * 1024 * 1024 + 1)  # more than an upload keeps in memory
+LARGE_SIZE = 200 * 1024 * 1024  # bytes
 PROGRAM = Path(a.__file__)
 IMPORT = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import artefacts; "
-MAX_SIZE = 100 << 20  # bytes, of the program that most of these tests talk to
-THERE = "/artefacts/app/there"
-FRESH = "/artefacts/app/new"
+MAX_SIZE = 100 << 20  # bytes; --max-size of the fixture `program`
+EXISTING = "/artefacts/app/there"
+ABSENT = "/artefacts/app/new"
 CHUNKED = "Transfer-Encoding: chunked"
 FORM = {"Content-Type": "multipart/form-data; boundary=XX"}
 MULTIPART = "Content-Type: multipart/form-data; boundary=b"
 BASIC = "application/octet-stream"
-TIME = 784111777  # RFC 9110 §5.6.7
+TIME = 784111777  # the example of RFC 9110 §5.6.7
 DATE, LATER, EARLIER = (a.http_date(TIME + seconds) for seconds in (0, 1, -1))
 DIGEST, OTHER = sha256(b"one"), sha256(b"two")
 B64 = base64.b64encode(bytes.fromhex(DIGEST)).decode()
 ONE, TWO, NEW = (f'"{sha256(content)}"' for content in (b"one", b"two", b"new"))
-MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2
-BEFORE = {"app/x.txt": b"two", f"app/.versions/x.txt/{T1}": b"one", "app/f/y": b"why"}
+MODIFIED = "Tue, 02 Jan 2024 00:00:00 GMT"  # T2 as a header field
+INITIAL = {"app/x.txt": b"two", f"app/.versions/x.txt/{T1}": b"one", "app/f/y": b"why"}
 RESTORE = f"POST /app/x.txt?restore={T1}"
+SECRET = b"not for you"
 READER, CI, IDLE, COLON = "of-the-reader", "of-the-builder", "of-one-without-rights", "p:ss:wörd"
 DIGESTS = [sha256(token.encode()) for token in (READER, CI, IDLE, COLON)]
 TOKENS = f"""
@@ -85,31 +86,52 @@ Rules = list[tuple[Callable[..., object], list[tuple[Any, ...]]]]  # a function;
 
 
 def next_version(version: str) -> str:
-    """The name of what was stored a microsecond later."""
+    """Return the name of a version that is one microsecond later."""
     return a.Artefact("", "", 0, a.version_time(version) + 1, "", None).version
 
 
-def drop(file: Path, content: bytes, version: str = T1) -> None:
-    """Drops a file in by hand, as if it had been stored at the instant that the version names."""
+def add_file(file: Path, content: bytes, version: str = T1) -> None:
+    """Write a file by hand, with the modification time that the version names."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
     os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
 
 
+def damage(file: Path, content: bytes) -> None:
+    """Overwrite the beginning of a file as a failing disk would: size and modification time stay."""
+    before = file.stat()
+    with file.open("r+b") as damaged:
+        damaged.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def fill(data: Path, *directories: str) -> Path:
-    """The same in each directory: x and its earlier version, dropped in by hand. The data directory."""
+    """Write x and one earlier version by hand into each directory. Return the data directory."""
     for directory in directories:
         for name, version in (("x", V2), (f".versions/x/{V1}", V1)):
-            file = data / directory / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(version.encode())
-            os.utime(file, ns=(a.version_time(version) * 1000,) * 2)
+            add_file(data / directory / name, version.encode(), version)
     return data
 
 
+def write_secrets(outside: Path) -> None:
+    """Write files that the program must not touch, where links and paths of the tests point."""
+    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
+        (outside / name).parent.mkdir(parents=True, exist_ok=True)
+        (outside / name).write_bytes(SECRET)
+
+
+def state_of(folder: Path) -> list[object]:
+    """Return the time and the size of everything below a folder, to compare it with a later state."""
+    files = sorted((folder, *folder.rglob("*")))
+    return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
+
+
 def tree(path: Path) -> dict[str, bytes]:
-    """What is below: each file, link (its target) and empty folder (with a slash); without the lock
-    files and without the repository's own folders where they are empty."""
+    """Return the content of each file below a folder, by relative path.
+
+    A link has its target as its content. An empty folder ends in a slash. Lock files are left out,
+    and so are the repository's own folders if they are empty.
+    """
     found = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -124,14 +146,8 @@ def tree(path: Path) -> dict[str, bytes]:
     return found
 
 
-def stored(data: Path, directory: str = "app") -> dict[str, bytes]:
-    below = data / directory
-    files = sorted(file for file in below.rglob("*") if file.is_file())
-    return {str(file.relative_to(below)): file.read_bytes() for file in files}
-
-
-def needs_attributes(data: Path) -> None:
-    """Skips where the file system has no extended attributes."""
+def require_attributes(data: Path) -> None:
+    """Skip the test if the file system has no extended attributes."""
     try:
         os.setxattr(data, "user.test", b"")
     except (AttributeError, OSError):
@@ -139,11 +155,11 @@ def needs_attributes(data: Path) -> None:
 
 
 def without_privileges() -> list[str]:
-    """What a command begins with, if permissions are to hold for it."""
+    """Return the words to put before a command, so that file permissions apply to it even for root."""
     if os.geteuid():
         return []
     if shutil.which("setpriv") is None:
-        pytest.skip("permissions do not hold for root, and there is no setpriv")
+        pytest.skip("file permissions do not apply to root, and setpriv is not installed")
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
@@ -161,13 +177,13 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def repository(data: Path) -> a.Repository:
-    """One that keeps no versions."""
+    """Return a repository that keeps no versions."""
     return a.Repository(data)
 
 
 @pytest.fixture
-def keeping(data: Path) -> a.Repository:
-    """One that keeps two versions."""
+def versioned(data: Path) -> a.Repository:
+    """Return a repository that keeps two versions."""
     return a.Repository(data, keep_versions=2)
 
 
@@ -184,8 +200,10 @@ def fetched(repository: a.Repository, id: str, version: str | None = None) -> by
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    """The calls that a commit consists of, in order: fsync with the inode, the others with the
-    name that they make or remove. All are carried out."""
+    """Record the system calls of a commit, in order, while they are carried out.
+
+    fsync is recorded with the inode, the others with the name that they create or remove.
+    """
     events: Events = []
 
     def record(call: str) -> None:
@@ -204,7 +222,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 
 def in_order(events: Events, *wanted: tuple[str, Path | str]) -> None:
-    """That these were called, one after the other."""
+    """Assert that these calls were made in this order. Other calls may stand between them."""
     rest = iter(events)
     for call, what in wanted:
         event = (call, what.stat().st_ino if isinstance(what, Path) else what)
@@ -217,7 +235,7 @@ def cases_of(rules: Rules) -> list[Any]:
     return [pytest.param(rule, case, id=id) for id, rule, case in rows]
 
 
-def check(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
+def check_rule(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
     """Call the function with all of the row but its last item: the result, or the exception, to expect."""
     *arguments, expected = case
     with pytest.raises(expected) if isinstance(expected, type) else contextlib.nullcontext():
@@ -226,14 +244,15 @@ def check(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
 
 @pytest.fixture
 def client(data: Path) -> testing.TestClient:
-    """What BEFORE has, where two versions are kept."""
-    for (name, content), version in zip(BEFORE.items(), (T2, T1, T3), strict=True):
-        drop(data / name, content, version)
+    """Return a client of an application that holds INITIAL and keeps two versions."""
+    for (name, content), version in zip(INITIAL.items(), (T2, T1, T3), strict=True):
+        add_file(data / name, content, version)
     return testing.TestClient(a.create_app(data, keep_versions=2, fsync=False))
 
 
 @pytest.fixture
-def app(data: Path) -> testing.TestClient:
+def empty_client(data: Path) -> testing.TestClient:
+    """Return a client of an application without any artefact."""
     return testing.TestClient(a.create_app(data, fsync=False))
 
 
@@ -244,7 +263,7 @@ def client_of(data: Path, config: str, **options: Any) -> testing.TestClient:
 
 
 def call(client: testing.TestClient, request: str, **options: Any) -> testing.Result:
-    """`GET /path?query`; with the body `new` where it may have one, unless another is given."""
+    """Send a request such as `GET /path?query`. PUT, POST and PATCH have the body `new` by default."""
     method, _, target = request.partition(" ")
     path, _, query = target.partition("?")
     options = {"body": b"new" if method in ("PUT", "POST", "PATCH") else b"", **options}
@@ -257,13 +276,21 @@ def simulate(client: testing.TestClient, line: str, *fields: str, body: bytes = 
     return client.simulate_request(method, path, headers=headers, body=body)
 
 
-def post(app: testing.TestClient, path: str, *parts: bytes) -> testing.Result:
-    return app.simulate_post(path, headers=FORM, body=b"".join(parts) + b"--XX--\r\n")
+def post(client: testing.TestClient, path: str, *parts: bytes) -> testing.Result:
+    return client.simulate_post(path, headers=FORM, body=b"".join(parts) + b"--XX--\r\n")
 
 
 def part(name: bytes, content: bytes = b"content", more: bytes = b"") -> bytes:
     disposition = b'Content-Disposition: form-data; name="file"; filename="' + name + b'"'
     return b"--XX\r\n" + disposition + more + b"\r\n\r\n" + content + b"\r\n"
+
+
+def streamed_form(body: io.BytesIO) -> dict[str, Any]:
+    """Return the environ of a chunked form in a WSGI server that streams bodies."""
+    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
+    environ.pop("CONTENT_LENGTH", None)
+    chunked = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    return environ | chunked | {"wsgi.input": body}
 
 
 def form_of(*files: tuple[str, bytes], fields: str = "") -> bytes:
@@ -283,7 +310,7 @@ def bearer(token: str | None) -> list[str]:
     return [] if token is None else [f"Authorization: Bearer {token}"]
 
 
-def digest_fields(digest: bytes) -> list[str]:
+def all_digest_fields(digest: bytes) -> list[str]:
     encoded = base64.b64encode(digest).decode()
     return [f"Repr-Digest: sha-256=:{encoded}:", f"Content-Digest: sha-256=:{encoded}:",
             f"Digest: SHA-256={encoded}", f"X-Checksum-Sha256: {digest.hex()}"]  # fmt: skip
@@ -293,18 +320,18 @@ STATUS = ("-o", "answer", "-w", "%{http_code} %{size_upload}")
 
 
 def head(method: str, path: str, *fields: str, version: str = "1.1") -> bytes:
-    """A request's header."""
+    """Return the header of a request."""
     lines = (f"{method} {path} HTTP/{version}", "Host: localhost", *fields, "", "")
     return "\r\n".join(lines).encode("latin-1")
 
 
 def put(path: str, body: bytes, *fields: str, method: str = "PUT") -> bytes:
-    """A request with its body."""
+    """Return a request with its body."""
     return head(method, path, f"Content-Length: {len(body)}", *fields) + body
 
 
 def pieces(body: bytes, size: int) -> bytes:
-    """A body in the chunked coding."""
+    """Return a body in the chunked transfer coding."""
     cut = (body[start : start + size] for start in range(0, len(body), size))
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut) + b"0\r\n\r\n"
 
@@ -320,16 +347,16 @@ class Answer:
         return str(self.headers["ETag"])
 
     def is_problem(self, status: int) -> bool:
-        """Fails unless it is an error as they all are told: RFC 9457, and no word of our insides."""
+        """Assert that it is a problem (RFC 9457) with this status that reveals nothing internal."""
         assert (self.status, self.headers["Content-Type"]) == (status, "application/problem+json"), self
-        told = json.loads(self.body)
-        assert told["status"] == status and told["title"] and len(told["detail"]) > 10
-        assert "Traceback" not in told["detail"] and "/tmp" not in told["detail"]
+        problem = json.loads(self.body)
+        assert problem["status"] == status and problem["title"] and len(problem["detail"]) > 10
+        assert "Traceback" not in problem["detail"] and "/tmp" not in problem["detail"]
         return True
 
 
 class Connection:
-    """A client that sends what it is told to, and reads answers as strictly as the RFC has them."""
+    """Send raw bytes and read responses strictly by RFC 9112."""
 
     def __init__(self, port: int, receive_buffer: int = 0) -> None:
         with contextlib.ExitStack() as on_error:
@@ -371,11 +398,11 @@ class Connection:
         return self.send(request).answer(to_head=request.startswith(b"HEAD "))
 
     def ends(self) -> bool:
-        """Whether the server closes the connection and sends nothing more."""
+        """Return whether the server closes the connection without sending another byte."""
         return self.file.read() == b""
 
     def abort(self) -> None:
-        """Goes as a machine goes that loses its power: with a reset."""
+        """Reset the connection, as after a crash of the client."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -391,8 +418,11 @@ class Connection:
 
 
 class Program:
-    """`python artefacts.py` as a process, with warnings as errors, and nothing else in its log but
-    lines that match `logged`."""
+    """Run `python artefacts.py` as a process, with warnings as errors.
+
+    Leaving the context stops it, and asserts that it exits with 0 and logs only request lines and lines that
+    match `logged`.
+    """
 
     def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),),
                  before: Sequence[str] = (), logged: str = "(?!)") -> None:  # fmt: skip
@@ -404,16 +434,17 @@ class Program:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout is not None
-        with self.process.stdout as output:  # one line, and nothing after it
+        with self.process.stdout as output:  # the program writes one line and nothing after it
             url = re.fullmatch(r"http://127\.0\.0\.1:([0-9]+)/artefacts/\n", output.readline())
         assert url is not None, self.log.read_text()
         self.port = int(url[1])
+        self.url = f"http://127.0.0.1:{self.port}/artefacts/"
 
     def connect(self, receive_buffer: int = 0) -> Connection:
         return Connection(self.port, receive_buffer)
 
     def ask(self, request: bytes) -> Answer:
-        """One request on a connection of its own."""
+        """Send one request on a new connection and return the response."""
         with self.connect() as connection:
             return connection.ask(request)
 
@@ -423,12 +454,19 @@ class Program:
     def incoming(self) -> list[str]:
         return os.listdir(self.data / ".incoming")
 
+    def peak_memory(self, *, restart: bool = False) -> int:
+        """Return the peak of the resident memory in bytes. With `restart`, begin a new measurement."""
+        if restart:
+            Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
     def listens(self) -> bool:
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Its exit status."""
+        """Send a signal, wait for the end and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(20)
 
@@ -456,7 +494,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def large(program: Program) -> bytes:
-    """The bytes of /artefacts/app/large: more than the buffers of a connection hold."""
+    """Store /artefacts/app/large, which is larger than the buffers of a connection, and return its bytes."""
     body = os.urandom(40_000_000)
     assert program.ask(put("/artefacts/app/large", body)).status == 201
     return body
@@ -464,7 +502,7 @@ def large(program: Program) -> bytes:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Program]]:
-    """Two processes that serve one data directory."""
+    """Run two processes that serve one data directory."""
     data = tmp_path_factory.mktemp("pair") / "data"
     with Program(data) as one, Program(data) as other:
         yield [one, other]
@@ -472,7 +510,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Program]]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """With tokens."""
+    """Run the program with tokens."""
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "c.toml").write_text(TOKENS + 'directory = [{name = "app-*", max_size = 10}]')
     data = fill(folder / "data", "public", "app-1", "secret")
@@ -482,22 +520,15 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """Without tokens, on the loopback. Beside its data lies what it must not touch."""
+    """Run the program without tokens, on the loopback. Assert that no file beside its data changes."""
     folder = tmp_path_factory.mktemp("exposed")
     outside, data = folder / "outside", fill(folder / "data", "app", "app/d")
-    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
-        (outside / name).parent.mkdir(parents=True, exist_ok=True)
-        (outside / name).write_bytes(b"not for you")
-
-    def state() -> list[object]:
-        files = sorted((outside, *outside.rglob("*")))
-        return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
-
-    before = state()
+    write_secrets(outside)
+    before = state_of(outside)
     with Program(data, "--no-fsync", "--keep-versions=5", "--allow-host=Artefacts.example") as running:
         yield running
         assert running.process.poll() is None and running.get("/artefacts/app/x").body == V2.encode()
-    assert state() == before and set(os.listdir(folder)) == {"data", "outside", running.log.name}
+    assert state_of(outside) == before and set(os.listdir(folder)) == {"data", "outside", running.log.name}
 
 
 def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
@@ -505,28 +536,28 @@ def ask(program: Program, line: str, *fields: str, body: bytes = b"") -> Answer:
     return program.ask(put(path, body, *fields, method=method))
 
 
-def refused(answer: Answer, request: object) -> bool:
-    """Fails unless it is a 4xx with a detail, and nothing of the request is in its header."""
+def is_client_error(answer: Answer, request: object) -> bool:
+    """Assert that it is a problem with a 4xx status, and that the request injected no header field."""
     assert 400 <= answer.status < 500, (answer.status, request)
     return answer.is_problem(answer.status) and "X-Evil" not in answer.headers
 
 
-def held(program: Program, name: str) -> int:
-    """How often it has the file open."""
+def open_count(program: Program, name: str) -> int:
+    """Return how many file descriptors of the process refer to the file."""
     files = Path(f"/proc/{program.process.pid}/fd")
     return sum(os.path.realpath(file).endswith(f"/{name}") for file in files.iterdir())
 
 
-def half_sent(program: Program) -> Connection:
-    """An upload that has begun."""
+def start_upload(program: Program) -> Connection:
+    """Send a part of an upload and wait until the program has received some of it."""
     connection = program.connect()
     connection.send(head("PUT", "/artefacts/app/slow", "Content-Length: 600000") + bytes(500_000))
     eventually(program.incoming)
     return connection
 
 
-def at_once(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
-    """The statuses of requests that are all sent at one moment, to both processes in turn."""
+def send_together(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
+    """Send all requests at the same moment, alternately to both processes. Return the sorted statuses."""
     ready = threading.Barrier(len(requests))
 
     def send(number: int) -> int:
@@ -538,48 +569,29 @@ def at_once(pair: list[Program], requests: Sequence[bytes]) -> list[int]:
         return sorted(clients.map(send, range(len(requests))))
 
 
-def fault(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """The one line with which a start ends. Were nothing refused, it would say that the port is taken."""
+def start_error(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Return the error line of a refused start. A start that is not refused reports a used port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert a.main([f"--port={taken.getsockname()[1]}", *options]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("artefacts.py: ") and told.err.count("\n") == 1, told
-    return told.err
-
-
-class Served(NamedTuple):
-    """The program as a process of its own."""
-
-    url: str
-    data: Path
-    pid: int
-
-    def peak(self, *, anew: bool = False) -> int:
-        """The most memory that it held, in bytes; `anew`: from now on."""
-        if anew:
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("artefacts.py: ") and shown.err.count("\n") == 1, shown
+    return shown.err
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    data = tmp_path_factory.mktemp("served")
-    command = [sys.executable, a.__file__, "--port", "0", "--data", str(data), "--no-fsync", "--quiet"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield Served(process.stdout.readline().strip(), data, process.pid)
-        finally:
-            process.terminate()
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Run the program without fsync, for forms and archives."""
+    data = tmp_path_factory.mktemp("served") / "data"
+    with Program(data, "--no-fsync", logged="artefacts: .*") as running:
+        yield running
 
 
 @pytest.fixture
 def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
     def run(*arguments: str, input: bytes = b"") -> str:
-        """What curl writes, `@` in its arguments standing for the server."""
-        there = [argument.replace("@/", f"http://127.0.0.1:{program.port}/") for argument in arguments]
-        command = ["curl", "-sS", "-m", "20", *there]
+        """Run curl and return its output. `@/` in an argument stands for the server's URL."""
+        expanded = [argument.replace("@/", program.url.removesuffix("artefacts/")) for argument in arguments]
+        command = ["curl", "-sS", "-m", "20", *expanded]
         done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done
         return done.stdout.decode()
@@ -589,14 +601,14 @@ def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
 
 
 def run_curl(*arguments: str) -> tuple[int, dict[str, Any]]:
-    """The status and the JSON that it got."""
+    """Run curl and return the status and the JSON of the response."""
     command = ["curl", "-sS", "-w", "%{http_code}", *arguments]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(answer[-3:]), json.loads(answer[:-3])
 
 
 def pipe(url: str, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """curl URL | command"""
+    """Run `curl URL | command` in a folder."""
     script = f"set -o pipefail; curl -fsS '{url}' | {command}"
     return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
 
@@ -608,8 +620,8 @@ TREE = {
 
 
 @pytest.fixture(scope="module")
-def tree_url(served: Served) -> str:
-    """A directory of odd artefacts, the first of them stored in 2001."""
+def tree_url(served: Program) -> str:
+    """Store the artefacts of TREE and return their URL. The first one gets a time in 2001."""
     for id, content in TREE.items():
         with closing(http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)) as connection:
             connection.request("PUT", f"/artefacts/tree/{quote(id)}", content)
@@ -650,11 +662,11 @@ VALUES: Rules = [
 
 @pytest.mark.parametrize(("rule", "case"), cases_of(VALUES))
 def test_value(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
-    check(rule, case)
+    check_rule(rule, case)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whatever_is_allowed_as_a_name_can_be_one(data: Path, name: str) -> None:
+def test_every_allowed_name_can_be_stored_and_fetched(data: Path, name: str) -> None:
     client = testing.TestClient(a.create_app(data, keep_versions=2, fsync=False))
     path = a.href("", name, f"{name}/{name}")
     assert [call(client, f"PUT {path}", body=content).status_code for content in (b"1", b"2")] == [201, 200]
@@ -672,7 +684,7 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-def test_whatever_a_name_has_breaks_no_field(exposed: Program) -> None:
+def test_odd_names_do_not_break_header_fields(exposed: Program) -> None:
     plain = ask(exposed, "PUT /artefacts/names/plain")
     fields = set(plain.headers), set(exposed.get("/artefacts/names/plain").headers)
     for name in ODD_NAMES:
@@ -683,7 +695,7 @@ def test_whatever_a_name_has_breaks_no_field(exposed: Program) -> None:
         shown, encoded = fetched.headers["Content-Disposition"].rsplit("; filename*=UTF-8''", 1)
         assert unquote(encoded) == name and unquote(pushed.headers["Location"]).endswith(f"/below/{name}")
         assert shown.startswith('inline; filename="') and shown.count('"') - shown.count('\\"') == 2
-        assert fetched.headers["Link"].isascii() and refused(ask(exposed, f"PUT {path}/n"), name)
+        assert fetched.headers["Link"].isascii() and is_client_error(ask(exposed, f"PUT {path}/n"), name)
     listed = json.loads(exposed.get("/artefacts/names?prefix=below/").body)["artefacts"]
     assert [entry["id"] for entry in listed] == sorted(f"below/{name}" for name in ODD_NAMES)
     assert exposed.get("/artefacts/names?prefix=below/a&limit=1").headers["Link"].isascii()
@@ -692,25 +704,25 @@ def test_whatever_a_name_has_breaks_no_field(exposed: Program) -> None:
 # == Storage: files ===============================================================================
 
 
-def test_an_artefact_and_a_folder_do_not_share_a_name(data: Path, keeping: a.Repository) -> None:
-    push(keeping, "a", b"1")
-    push(keeping, "b/c/d", b"2")
+def test_artefact_and_folder_cannot_share_a_name(data: Path, versioned: a.Repository) -> None:
+    push(versioned, "a", b"1")
+    push(versioned, "b/c/d", b"2")
     for id in "a/b", "a/b/c", "b", "b/c":
         with pytest.raises(a.Conflict):
-            push(keeping, id, b"3")
-        for gone in keeping.fetch, keeping.delete:
+            push(versioned, id, b"3")
+        for operation in versioned.fetch, versioned.delete:
             with pytest.raises(a.NotFound):
-                gone("app", id)
-    drop(data / "file", b"4")
-    with keeping.stage() as upload, pytest.raises(a.Conflict):
-        keeping.push(upload, "file", "x")
+                operation("app", id)
+    add_file(data / "file", b"4")
+    with versioned.stage() as upload, pytest.raises(a.Conflict):
+        versioned.push(upload, "file", "x")
     assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4"}
     (data / "app/e/f").mkdir(parents=True)
-    push(keeping, "e", b"5")  # empty folders are no obstacle
+    push(versioned, "e", b"5")  # empty folders do not conflict
     assert tree(data) == {"app/a": b"1", "app/b/c/d": b"2", "file": b"4", "app/e": b"5"}
 
 
-LINKS = [  # the link, what it points to, what a push of app/d/x then raises
+LINKS = [  # a link, its target, the error that a push of app/d/x then raises
     ("app", "folder", a.Conflict), ("app/d", "folder", a.Conflict), ("app/d/x", "secret", a.Conflict),
     ("app/d/x", "folder", a.Conflict), ("app/d/x", "nothing", a.Conflict),
     ("app/.versions", "versions", a.Conflict), ("app/.versions/d/x", "folder", a.Conflict),
@@ -720,14 +732,14 @@ LINKS = [  # the link, what it points to, what a push of app/d/x then raises
 
 
 @pytest.mark.parametrize(("link", "target", "error"), LINKS)
-def test_no_symbolic_link_is_followed(
-    data: Path, tmp_path: Path, keeping: a.Repository, link: str, target: str, error: type[Exception] | None
+def test_symbolic_links_are_not_followed(
+    data: Path, tmp_path: Path, versioned: a.Repository, link: str, target: str, error: type[Exception] | None
 ) -> None:
     outside = tmp_path / "outside"
     for name in "secret", "folder/x", "folder/d/x", f"folder/{T1}", f"versions/d/x/{T1}":
-        drop(outside / name, b"secret")
+        add_file(outside / name, b"secret")
     before = tree(outside)
-    drop(data / "app/d/x", b"mine", T3)
+    add_file(data / "app/d/x", b"mine", T3)
     if (data / link).is_dir():
         (data / link).rename(tmp_path / "aside")
     (data / link).unlink(missing_ok=True)
@@ -735,20 +747,20 @@ def test_no_symbolic_link_is_followed(
     (data / link).symlink_to(outside / target)
 
     def read(version: str | None = None) -> None:
-        assert fetched(keeping, "d/x", version) != b"secret"
+        assert fetched(versioned, "d/x", version) != b"secret"
 
     def listed() -> None:
-        found = [*keeping.artefacts("app", digests=True), *dict(keeping.versions("app", "d/x"))]
+        found = [*versioned.artefacts("app", digests=True), *dict(versioned.versions("app", "d/x"))]
         assert sha256(b"secret") not in {artefact.sha256 for artefact in found}
 
     with pytest.raises(error) if error else contextlib.nullcontext():
-        push(a.Repository(data, keep_versions=1), "d/x", MANY)
+        push(a.Repository(data, keep_versions=1), "d/x", LARGE_BODY)
     operations: list[Callable[[], object]] = [
-        read, lambda: read(T1), listed, lambda: keeping.restore("app", "d/x", T1), read,
-        lambda: push(keeping, "d/x", b"2"), lambda: push(keeping, "d/x", b"3"),
-        lambda: keeping.erase("app", "d/x", T1), lambda: keeping.delete("app", "d/x"),
-        lambda: keeping.erase_all("app", "d/x"), lambda: keeping.delete_directory("app"),
-        keeping.sweep, lambda: a.Repository(data),
+        read, lambda: read(T1), listed, lambda: versioned.restore("app", "d/x", T1), read,
+        lambda: push(versioned, "d/x", b"2"), lambda: push(versioned, "d/x", b"3"),
+        lambda: versioned.erase("app", "d/x", T1), lambda: versioned.delete("app", "d/x"),
+        lambda: versioned.erase_all("app", "d/x"), lambda: versioned.delete_directory("app"),
+        versioned.sweep, lambda: a.Repository(data),
     ]  # fmt: skip
     for operation in operations:
         with contextlib.suppress(a.ArtefactsError, OSError):
@@ -757,37 +769,37 @@ def test_no_symbolic_link_is_followed(
 
 
 @pytest.mark.parametrize("done", [False, True])
-def test_what_is_gone_already_need_not_be_removed(
+def test_removing_a_missing_name_is_not_an_error(
     data: Path, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
-    """By a hand; or GlusterFS says so, of a folder that one of its replicas does not know yet."""
+    """Ignore ENOENT: a person removed the name, or a replica of GlusterFS does not know the folder yet."""
 
-    def gone(call: Callable[..., None]) -> Callable[..., None]:
+    def reports_missing(call: Callable[..., None]) -> Callable[..., None]:
         def called(name: str, *, dir_fd: int | None = None) -> None:
             if done:
-                with contextlib.suppress(OSError):  # not empty
+                with contextlib.suppress(OSError):  # the folder is not empty
                     call(name, dir_fd=dir_fd)
-            told.append(name)
+            removed.append(name)
             raise FileNotFoundError(errno.ENOENT, "", name)
 
         return called
 
-    told: list[str] = []
+    removed: list[str] = []
     repository = a.Repository(data, keep_versions=1)
     first, second = push(repository, "d/x", b"1").version, push(repository, "d/x", b"2").version
-    monkeypatch.setattr(os, "unlink", gone(os.unlink))
-    monkeypatch.setattr(os, "rmdir", gone(os.rmdir))
+    monkeypatch.setattr(os, "unlink", reports_missing(os.unlink))
+    monkeypatch.setattr(os, "rmdir", reports_missing(os.rmdir))
     push(repository, "d/x", b"3")
-    assert told == [first, "x"] and fetched(repository, "d/x") == b"3"
+    assert removed == [first, "x"] and fetched(repository, "d/x") == b"3"
     repository.erase("app", "d/x", second)
-    assert told == [first, "x", second, "x"]
+    assert removed == [first, "x", second, "x"]
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_name_that_is_replaced_while_its_folder_is_read_is_listed(
+def test_artefact_replaced_during_a_listing_is_listed(
     repository: a.Repository, monkeypatch: pytest.MonkeyPatch, settled: bool
 ) -> None:
-    """As on btrfs, which shows no name that was made after the folder was opened."""
+    """Simulate btrfs, which does not list a name that was created after the folder was opened."""
     for id in "xy":
         push(repository, id, b"old")
     if settled:
@@ -806,8 +818,8 @@ def test_a_name_that_is_replaced_while_its_folder_is_read_is_listed(
 
 
 @pytest.mark.parametrize("pause", [0, 2 * a.TICK / 1e9])
-def test_what_is_listed_is_what_is_on_the_disk(data: Path, repository: a.Repository, pause: float) -> None:
-    """After changes by hand that come at once, and after some that come when its names are remembered."""
+def test_listing_reflects_changes_made_by_hand(data: Path, repository: a.Repository, pause: float) -> None:
+    """Compare after changes in quick succession, and after changes to a folder whose names are cached."""
     app = data / "app"
     changes: list[Callable[[], object]] = [
         lambda: (app / "x").write_bytes(b"1"), lambda: (app / "x").rename(app / "y"),
@@ -827,18 +839,18 @@ def test_what_is_listed_is_what_is_on_the_disk(data: Path, repository: a.Reposit
     assert bool(repository.files._listed) == bool(pause)
 
 
-def test_what_crashes_left_is_swept_when_it_is_old(data: Path, repository: a.Repository) -> None:
+def test_old_leftovers_of_crashes_are_swept(data: Path, repository: a.Repository) -> None:
     for age, own in itertools.product(("young", "old"), (".incoming", ".trash")):
-        drop(data / own / f"folder-{age}/x", b"1")
-        drop(data / own / f"file-{age}", b"2")
-        for left in (data / own).glob("*" + age):
-            os.utime(left, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
+        add_file(data / own / f"folder-{age}/x", b"1")
+        add_file(data / own / f"file-{age}", b"2")
+        for leftover in (data / own).glob("*" + age):
+            os.utime(leftover, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
     a.Repository(data)
     young = {f"{own}/{name}-young" for own in (".incoming", ".trash") for name in ("file", "folder")}
     assert {name.removesuffix("/x") for name in tree(data)} == young
 
 
-def test_a_tree_of_1500_levels_in_the_trash_is_removed_at_the_start(data: Path) -> None:
+def test_a_tree_of_1500_levels_is_removed_from_the_trash_at_start(data: Path) -> None:
     deep = data / ".trash/deep"
     deep.mkdir(parents=True)
     at = os.open(deep, os.O_RDONLY)
@@ -857,17 +869,17 @@ def test_a_tree_of_1500_levels_in_the_trash_is_removed_at_the_start(data: Path) 
 # == Storage: metadata ============================================================================
 
 
-def test_a_file_dropped_in_by_hand_is_an_artefact(data: Path, repository: a.Repository) -> None:
-    drop(data / "app/d/x.tar.gz", b"one", T1)
+def test_file_added_by_hand_is_an_artefact(data: Path, repository: a.Repository) -> None:
+    add_file(data / "app/d/x.tar.gz", b"one", T1)
     [artefact] = repository.artefacts("app")
     assert artefact == a.Artefact("app", "d/x.tar.gz", 3, a.version_time(T1), "application/gzip", None)
     [artefact] = repository.artefacts("app", digests=True)
     assert (artefact.version, artefact.sha256) == (T1, sha256(b"one"))
-    os.link(data / "app/d/x.tar.gz", data / "app/x.txt")  # another name, another type
+    os.link(data / "app/d/x.tar.gz", data / "app/x.txt")  # the type follows the name
     assert [artefact.type for artefact in repository.artefacts("app")] == ["application/gzip", "text/plain"]
     (data / "app/x.txt").unlink()
-    needs_attributes(data)
-    [artefact] = a.Repository(data).artefacts("app")  # remembered with the file, not in the process
+    require_attributes(data)
+    [artefact] = a.Repository(data).artefacts("app")  # the digest is stored with the file, not in the process
     assert artefact.sha256 == sha256(b"one")
 
 
@@ -875,14 +887,14 @@ def test_a_file_dropped_in_by_hand_is_an_artefact(data: Path, repository: a.Repo
 def test_types_and_digests_with_and_without_attributes(
     data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, attributes: str
 ) -> None:
-    def refused(*_: object) -> bytes:
+    def refuse(*_: object) -> bytes:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     if attributes == "as they are":
-        needs_attributes(data)
+        require_attributes(data)
     elif attributes == "refused":
-        monkeypatch.setattr(os, "getxattr", refused, raising=False)
-        monkeypatch.setattr(os, "setxattr", refused, raising=False)
+        monkeypatch.setattr(os, "getxattr", refuse, raising=False)
+        monkeypatch.setattr(os, "setxattr", refuse, raising=False)
     else:
         monkeypatch.setattr(a, "HAS_ATTRIBUTES", False)
     assert push(repository, "x.txt", b"one", type="text/markdown").sha256 == sha256(b"one")
@@ -891,19 +903,19 @@ def test_types_and_digests_with_and_without_attributes(
             with used.fetch("app", "x.txt") as current:
                 assert current.digested().sha256 == sha256(content)
             with used.fetch("app", "x.txt") as current:
-                assert current.artefact.sha256 == sha256(content)  # remembered
-            (data / "app/x.txt").write_bytes(edited)  # in place
+                assert current.artefact.sha256 == sha256(content)  # the stored digest
+            (data / "app/x.txt").write_bytes(edited)  # edit in place
     with a.Repository(data).fetch("app", "x.txt") as current:
         assert current.artefact.type == ("text/markdown" if attributes == "as they are" else "text/plain")
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_digest_is_kept_for_what_was_read_only(
+def test_digest_is_not_stored_for_bytes_changed_during_hashing(
     data: Path, repository: a.Repository, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written in place while the digest is computed, or after, must not pass for what was read."""
+    """Overwrite a file while its digest is computed, or just after: the digest must not be stored."""
     file, compute, write = data / "app/x", a.sha256_of, a.write_digest
-    drop(file, b"one")
+    add_file(file, b"one")
 
     def overwrites() -> None:
         if file.read_bytes() == b"one":
@@ -928,11 +940,11 @@ def test_a_digest_is_kept_for_what_was_read_only(
         assert content.digested().sha256 == sha256(b"two")
 
 
-def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = a.Repository(data)
     for number in range(9):
         push(repository, "x", b"%d" % number)
-    assert len(repository.metadata.known) == 1  # and none of those that were replaced
+    assert len(repository.metadata.known) == 1  # replaced artefacts are not cached
     monkeypatch.setattr(a, "KNOWN", 4)
     monkeypatch.setattr(a, "OPEN_FOLDERS", 4)
     repository = a.Repository(data)
@@ -955,7 +967,7 @@ def test_what_is_remembered_is_bounded(data: Path, monkeypatch: pytest.MonkeyPat
         assert len(repository.metadata.small) == number % 4 + 1
 
 
-CHANGES: dict[str, Callable[[Path, Path], object]] = {  # of a file beside which there is another one
+CHANGES: dict[str, Callable[[Path, Path], object]] = {  # each changes a file; another file stands beside it
     "edited in place": lambda file, other: file.write_bytes(b"two"),
     "another one under its name": lambda file, other: other.rename(file),
     "deleted": lambda file, other: file.unlink(),
@@ -971,7 +983,7 @@ def move_and_link(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_fetched_from_memory_is_what_is_on_the_disk(
+def test_cached_content_reflects_changes_made_by_hand(
     data: Path, repository: a.Repository, change: str
 ) -> None:
     def fetched_from_memory() -> bytes:
@@ -982,7 +994,7 @@ def test_what_is_fetched_from_memory_is_what_is_on_the_disk(
     push(repository, "d/x", b"one")
     time.sleep(2 * a.TICK / 1e9)
     assert [fetched_from_memory() for _ in range(3)] == [b"one"] * 3 and len(repository.metadata.small) == 1
-    drop(data / "app/other", b"two", T3)
+    add_file(data / "app/other", b"two", T3)
     CHANGES[change](data / "app/d/x", data / "app/other")
     if change in ("edited in place", "another one under its name"):
         assert fetched_from_memory() == fetched(repository, "d/x") == b"two"
@@ -991,7 +1003,7 @@ def test_what_is_fetched_from_memory_is_what_is_on_the_disk(
             fetched_from_memory()
 
 
-def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
+def test_cache_does_not_hide_a_change_within_one_clock_tick(
     data: Path, repository: a.Repository
 ) -> None:
     for number in range(20):
@@ -1007,8 +1019,10 @@ def test_a_change_within_a_tick_of_the_clock_is_not_hidden_by_memory(
 # == Storage: upload ==============================================================================
 
 
-@pytest.mark.parametrize("content", [b"", b"few", MANY], ids=["none", "few", "many"])
-def test_what_is_not_pushed_leaves_nothing(data: Path, repository: a.Repository, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"few", LARGE_BODY], ids=["none", "few", "many"])
+def test_refused_or_abandoned_upload_leaves_no_file(
+    data: Path, repository: a.Repository, content: bytes
+) -> None:
     def refuse(current: a.Content | None) -> None:
         raise a.PreconditionFailed("no")
 
@@ -1025,8 +1039,8 @@ def test_what_is_not_pushed_leaves_nothing(data: Path, repository: a.Repository,
     assert tree(data) == {}
 
 
-def test_a_large_upload_in_uneven_pieces_has_the_right_digest(data: Path, repository: a.Repository) -> None:
-    sizes, content = random.Random(2), MANY + MANY[::-1]
+def test_digest_of_a_large_upload_in_uneven_pieces(data: Path, repository: a.Repository) -> None:
+    sizes, content = random.Random(2), LARGE_BODY + LARGE_BODY[::-1]
     with repository.stage() as upload:
         rest = memoryview(content)
         while rest:
@@ -1034,7 +1048,7 @@ def test_a_large_upload_in_uneven_pieces_has_the_right_digest(data: Path, reposi
             upload.write(bytes(rest[:size]))
             rest = rest[size:]
         upload.verify(len(content), sha256(content))
-        for length, digest in ((len(content) + 1, None), (None, sha256(MANY))):
+        for length, digest in ((len(content) + 1, None), (None, sha256(LARGE_BODY))):
             with pytest.raises(a.Mismatch):
                 upload.verify(length, digest)
         artefact, _ = repository.push(upload, "app", "x")
@@ -1042,9 +1056,9 @@ def test_a_large_upload_in_uneven_pieces_has_the_right_digest(data: Path, reposi
     assert tree(data) == {"app/x": content}
 
 
-def test_who_has_sent_all_does_not_wait_for_the_hashes_of_others(repository: a.Repository) -> None:
-    go, content = threading.Event(), MANY * 4
-    others = [repository.hash_threads.submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
+def test_digest_of_a_complete_upload_does_not_wait_for_other_uploads(repository: a.Repository) -> None:
+    go, content = threading.Event(), LARGE_BODY * 4
+    blocked = [repository.hash_threads.submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
     try:
         with repository.stage() as upload, repository.stage() as aborted:
             upload.write(content)
@@ -1053,12 +1067,12 @@ def test_who_has_sent_all_does_not_wait_for_the_hashes_of_others(repository: a.R
             assert upload.digest() == sha256(content + b"more")
             upload.write(content)
             assert upload.digest() == sha256(content + b"more" + content)
-        assert not any(other.done() for other in others)
+        assert not any(other.done() for other in blocked)
     finally:
         go.set()
 
 
-def test_an_upload_is_pushed_once(
+def test_upload_can_be_pushed_only_once(
     data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(fd: int) -> None:
@@ -1071,7 +1085,7 @@ def test_an_upload_is_pushed_once(
             repository.push(upload, "app", "y")
         with pytest.raises(ValueError, match="stage another one"):
             upload.write(b"more")
-    with repository.stage() as upload:  # nor after an fsync that failed: it may succeed another time
+    with repository.stage() as upload:  # a failed fsync must not be retried: the kernel has dropped the pages
         upload.write(b"two")
         with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
             patch.setattr(os, "fsync", fails)
@@ -1082,7 +1096,7 @@ def test_an_upload_is_pushed_once(
     assert tree(data) == {"app/x": b"one"} and list(repository.artefacts("app")) == [stored]
 
 
-def test_a_fork_pushes_large_ones_too(data: Path) -> None:
+def test_large_upload_works_after_a_fork(data: Path) -> None:
     code = IMPORT + """
 import os
 def push(repository, id):
@@ -1104,7 +1118,7 @@ push(repository, "child")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, a.ALL])
-def test_as_many_versions_are_kept_as_is_said(data: Path, keep: int) -> None:
+def test_keep_versions_limits_the_kept_versions(data: Path, keep: int) -> None:
     for keep_versions in keep, lambda directory: keep:
         repository = a.Repository(data, keep_versions=keep_versions)
         pushed = [push(repository, "d/x", b"%d" % n) for n in range(5)]
@@ -1136,14 +1150,14 @@ def test_versions_strictly_increase_and_are_modification_times(
     if keep:
         times.append(push(repository, "x", b"4").time)
     assert times == sorted({*times})
-    kept = list((data / "app/.versions/x").glob("*"))
-    assert len(kept) == min(keep, 4)
-    assert {a.version_time(file.name) for file in kept} <= {*times}
-    assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in kept)
+    versions = list((data / "app/.versions/x").glob("*"))
+    assert len(versions) == min(keep, 4)
+    assert {a.version_time(file.name) for file in versions} <= {*times}
+    assert all(a.version_time(file.name) == file.stat().st_mtime_ns // 1000 for file in versions)
 
 
 @pytest.mark.parametrize("keep", [5, a.ALL])
-def test_the_name_of_an_erased_version_is_not_used_again(data: Path, keep: int) -> None:
+def test_version_name_is_not_reused_after_erase(data: Path, keep: int) -> None:
     repository = a.Repository(data, keep_versions=keep)
     push(repository, "x", b"one")
     os.utime(data / "app/x", times=(4_102_444_800, 4_102_444_800))
@@ -1152,15 +1166,15 @@ def test_the_name_of_an_erased_version_is_not_used_again(data: Path, keep: int) 
     repository.erase("app", "x", "21000101T000000.000001Z")
     assert push(repository, "x", b"three").version == "21000101T000000.000002Z"
     repository.delete("app", "x")
-    drop(data / "app/x", b"of old", T1)
+    add_file(data / "app/x", b"of old", T1)
     repository.delete("app", "x")
     assert push(repository, "x", b"four").version == "21000101T000000.000003Z"
 
 
-def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None:
-    drop(data / "app/.versions/x" / T1, b"1", T1)
-    drop(data / "app/.versions/x" / T2, b"2", T2)
-    drop(data / "app/x", b"3", T3)
+def test_version_at_an_instant(data: Path, repository: a.Repository) -> None:
+    add_file(data / "app/.versions/x" / T1, b"1", T1)
+    add_file(data / "app/.versions/x" / T2, b"2", T2)
+    add_file(data / "app/x", b"3", T3)
     for version, following in (T1, T2), (T2, T3), (T3, "20990101T000000.000000Z"):
         for at in a.version_time(version), a.version_time(following) - 1:
             assert repository.version_at("app", "x", at) == version
@@ -1168,11 +1182,11 @@ def test_the_version_at_an_instant(data: Path, repository: a.Repository) -> None
         repository.version_at("app", "x", a.version_time(T1) - 1)
 
 
-def test_a_folder_named_like_a_version_is_none(data: Path) -> None:
+def test_folder_named_like_a_version_is_not_a_version(data: Path) -> None:
     repository, below = a.Repository(data, keep_versions=1), f"x/{T1}"
     for content in b"1", b"2":
         push(repository, below, content)
-    repository.delete("app", below)  # x is free again; among its versions is the other's folder
+    repository.delete("app", below)  # x is free again, but .versions/x still holds the folder of x/{T1}
     for content in b"3", b"4", b"5":
         push(repository, "x", content)
     assert sorted(tree(data).values()) == [b"2", b"4", b"5"]
@@ -1183,17 +1197,17 @@ def test_a_folder_named_like_a_version_is_none(data: Path) -> None:
 
 @pytest.mark.parametrize("then", ["push", "delete"])
 @pytest.mark.parametrize("leftover", ["link", "copy", "other"])
-def test_a_file_that_has_the_versions_name_already(data: Path, leftover: str, then: str) -> None:
-    """A crash between the link and the rename leaves the very file; a hand may leave any."""
+def test_existing_file_under_the_version_name(data: Path, leftover: str, then: str) -> None:
+    """Meet a link that a crash left before the rename, a copy, or a different file of a person."""
     repository, version = a.Repository(data, keep_versions=1), data / "app/.versions/x.txt" / T1
-    drop(data / "app/x.txt", b"one", T1)
-    drop(version, b"0ne" if leftover == "other" else b"one", T1)
+    add_file(data / "app/x.txt", b"one", T1)
+    add_file(version, b"0ne" if leftover == "other" else b"one", T1)
     if leftover == "link":
         version.unlink()
         os.link(data / "app/x.txt", version)
     assert [current for _, current in repository.versions("app", "x.txt")] == [True]
     after = tree(data)
-    if leftover == "other":  # nothing is lost: the current one becomes the next version
+    if leftover == "other":  # nothing is lost: the current file gets the next free version name
         repository.keeps = lambda _: 2
         after[f"app/.versions/x.txt/{next_version(T1)}"] = b"one"
     if then == "push":
@@ -1207,35 +1221,35 @@ def test_a_file_that_has_the_versions_name_already(data: Path, leftover: str, th
 
 
 @pytest.mark.parametrize("keep", [3, a.ALL])
-def test_files_of_one_time_become_versions_of_their_own(data: Path, keep: int) -> None:
-    """Also where that time is ahead of the clock, and the next version's name is the one after it."""
+def test_files_with_equal_times_become_separate_versions(data: Path, keep: int) -> None:
+    """Use a time ahead of the clock: each further version gets the next microsecond."""
     repository, far = a.Repository(data, keep_versions=keep), "21000101T000000.000000Z"
     for content in b"one", b"two":
-        drop(data / "app/x", content, far)
+        add_file(data / "app/x", content, far)
         repository.delete("app", "x")
-    drop(data / "app/x", b"three", far)
+    add_file(data / "app/x", b"three", far)
     assert push(repository, "x", b"four").time > a.version_time(far) + 2
     versions = [artefact.version for artefact, _ in repository.versions("app", "x")]
     contents = [fetched(repository, "x", version) for version in versions]
     assert contents == [b"four", b"three", b"two", b"one"] and len(set(versions)) == 4
 
 
-def test_behind_the_last_time_there_is_no_version(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_after_the_last_possible_time_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, last = a.Repository(data, keep_versions=3), "21000101T000000.000000Z"
-    monkeypatch.setattr(a, "LAST_TIME", a.version_time(last))  # no file system has the real one
-    drop(data / "app/x", b"one", last)
+    monkeypatch.setattr(a, "LAST_TIME", a.version_time(last))  # no file system can store the real last time
+    add_file(data / "app/x", b"one", last)
     assert push(repository, "x", b"two").version == last
     with pytest.raises(a.Conflict, match="Touch"):
         push(repository, "x", b"three")
     assert fetched(repository, "x") == b"two"
 
 
-def test_what_is_replaced_is_kept_however_old_its_time_is(data: Path) -> None:
+def test_replaced_file_is_kept_even_with_an_old_time(data: Path) -> None:
     repository = a.Repository(data, keep_versions=1)
     for id in "replaced", "deleted":
         push(repository, id, b"one")
         push(repository, id, b"two")
-        drop(data / "app" / id, b"by hand", T1)
+        add_file(data / "app" / id, b"by hand", T1)
         if id == "replaced":
             push(repository, id, b"three")
         else:
@@ -1243,19 +1257,19 @@ def test_what_is_replaced_is_kept_however_old_its_time_is(data: Path) -> None:
         assert tree(data / "app/.versions" / id) == {T1: b"by hand"}
 
 
-def test_what_is_no_instant_is_no_version(data: Path, keeping: a.Repository) -> None:
+def test_file_without_a_valid_version_name_is_ignored(data: Path, versioned: a.Repository) -> None:
     for name in "20261399T000000.000000Z", "20260230T000000.000000Z":
-        drop(data / "app/.versions/x" / name, b"stray")
-    push(keeping, "x", b"one")
-    push(keeping, "x", b"two")
-    versions = [artefact.version for artefact, _ in keeping.versions("app", "x")]
-    assert [fetched(keeping, "x", version) for version in versions] == [b"two", b"one"]
+        add_file(data / "app/.versions/x" / name, b"stray")
+    push(versioned, "x", b"one")
+    push(versioned, "x", b"two")
+    versions = [artefact.version for artefact, _ in versioned.versions("app", "x")]
+    assert [fetched(versioned, "x", version) for version in versions] == [b"two", b"one"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_file_of_somebody_elses_becomes_a_version(data: Path) -> None:
-    """It may not be linked, where fs.protected_hardlinks is set."""
-    drop(data / "app/x", b"one", T1)
+def test_file_of_another_user_becomes_a_version(data: Path) -> None:
+    """Copy the file if fs.protected_hardlinks forbids to link it."""
+    add_file(data / "app/x", b"one", T1)
     os.chown(data / "app/x", 1, 1)
     with Program(data, "--keep-versions", "3", before=without_privileges()) as program:
         assert program.ask(put("/artefacts/app/x", b"two")).status == 200
@@ -1266,7 +1280,7 @@ def test_a_file_of_somebody_elses_becomes_a_version(data: Path) -> None:
 # == Storage: the repository ======================================================================
 
 
-def test_a_push_creates_then_replaces(data: Path, repository: a.Repository) -> None:
+def test_push_creates_then_replaces(data: Path, repository: a.Repository) -> None:
     with repository.stage() as upload:
         upload.write(b"o")
         upload.write(b"ne")
@@ -1284,77 +1298,77 @@ def test_a_push_creates_then_replaces(data: Path, repository: a.Repository) -> N
     assert tree(data) == {"app/x.txt": b"two"}
 
 
-def test_an_identical_push_changes_nothing(data: Path, keeping: a.Repository) -> None:
-    first, before = push(keeping, "x", b"one"), (data / "app/x").stat()
-    assert push(keeping, "x", b"one") == first
+def test_identical_push_changes_nothing(data: Path, versioned: a.Repository) -> None:
+    first, before = push(versioned, "x", b"one"), (data / "app/x").stat()
+    assert push(versioned, "x", b"one") == first
     assert (data / "app/x").stat() == before and tree(data) == {"app/x": b"one"}
 
 
-def test_delete_restore_erase(data: Path, keeping: a.Repository) -> None:
-    one, two = push(keeping, "d/x", b"one", type="text/x-one"), push(keeping, "d/x", b"two")
+def test_delete_restore_erase(data: Path, versioned: a.Repository) -> None:
+    one, two = push(versioned, "d/x", b"one", type="text/x-one"), push(versioned, "d/x", b"two")
     v1, v2 = f"app/.versions/d/x/{one.version}", f"app/.versions/d/x/{two.version}"
 
-    keeping.delete("app", "d/x")
+    versioned.delete("app", "d/x")
     assert tree(data) == {v1: b"one", v2: b"two"}
-    assert [current for _, current in keeping.versions("app", "d/x")] == [False, False]
-    for gone in keeping.fetch, keeping.delete:
+    assert [current for _, current in versioned.versions("app", "d/x")] == [False, False]
+    for operation in versioned.fetch, versioned.delete:
         with pytest.raises(a.NotFound):
-            gone("app", "d/x")
+            operation("app", "d/x")
 
-    restored, created = keeping.restore("app", "d/x", one.version)
+    restored, created = versioned.restore("app", "d/x", one.version)
     assert created and restored.time > two.time and restored.type == "text/x-one"
     assert tree(data) == {"app/d/x": b"one", v1: b"one", v2: b"two"}
     with pytest.raises(a.Conflict):
-        keeping.erase("app", "d/x", restored.version)
+        versioned.erase("app", "d/x", restored.version)
 
-    keeping.delete("app", "d/x")
+    versioned.delete("app", "d/x")
     v3 = f"app/.versions/d/x/{restored.version}"
-    assert tree(data) == {v2: b"two", v3: b"one"}  # the oldest is pruned
-    keeping.erase("app", "d/x", two.version)
+    assert tree(data) == {v2: b"two", v3: b"one"}  # the oldest version is pruned
+    versioned.erase("app", "d/x", two.version)
     assert tree(data) == {v3: b"one"}
     with pytest.raises(a.NotFound):
-        keeping.erase("app", "d/x", two.version)
+        versioned.erase("app", "d/x", two.version)
 
-    push(keeping, "d/x", b"three")
-    keeping.erase_all("app", "d/x")
+    push(versioned, "d/x", b"three")
+    versioned.erase_all("app", "d/x")
     assert tree(data) == {"app/": b""}
-    for missing in keeping.erase_all, keeping.versions:
+    for missing in versioned.erase_all, versioned.versions:
         with pytest.raises(a.NotFound):
             missing("app", "d/x")
 
 
-def test_erasing_what_was_deleted_heeds_the_check(data: Path, keeping: a.Repository) -> None:
+def test_erase_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a.Repository) -> None:
     def refuse(current: a.Content | None) -> None:
         assert current is None
         raise a.PreconditionFailed("")
 
-    push(keeping, "x", b"one")
-    keeping.delete("app", "x")
+    push(versioned, "x", b"one")
+    versioned.delete("app", "x")
     before = tree(data)
     with pytest.raises(a.PreconditionFailed):
-        keeping.erase_all("app", "x", check=refuse)
+        versioned.erase_all("app", "x", check=refuse)
     assert tree(data) == before and list(before.values()) == [b"one"]
 
 
-def test_deleting_a_directory_leaves_nothing(data: Path, keeping: a.Repository) -> None:
+def test_deleted_directory_leaves_no_file(data: Path, versioned: a.Repository) -> None:
     for id, content in itertools.product(("x", "d/y"), (b"1", b"2")):
-        push(keeping, id, content)
-    drop(data / "other/z", b"3")
+        push(versioned, id, content)
+    add_file(data / "other/z", b"3")
     (data / "app/outside").symlink_to("../other")
-    keeping.delete_directory("app")
+    versioned.delete_directory("app")
     assert tree(data) == {"other/z": b"3"} and os.listdir(data / ".trash") == []
     with pytest.raises(a.NotFound):
-        keeping.delete_directory("app")
+        versioned.delete_directory("app")
     with pytest.raises(a.NotFound):
-        list(keeping.artefacts("app"))
+        list(versioned.artefacts("app"))
 
 
-def test_a_listing_is_sorted_and_can_be_narrowed(data: Path, repository: a.Repository) -> None:
+def test_listing_is_sorted_and_filtered(data: Path, repository: a.Repository) -> None:
     ids = ["a.b", "a/b", "a/b.c", "a/c/d", "a0", "B", " x", "é", "\N{OLD ITALIC LETTER A}", "a b", "z/z"]
     for id in ids:
-        drop(data / "app" / id, id.encode())
+        add_file(data / "app" / id, id.encode())
     for name in ".hidden", "a/.hidden", "new\nline", "back\\slash":
-        drop(data / "app" / name, b"not an artefact")
+        add_file(data / "app" / name, b"not an artefact")
     os.mkfifo(data / "app/fifo")
     (data / "app/link").symlink_to("B")
     (data / "app/empty").mkdir()
@@ -1369,17 +1383,17 @@ def test_a_listing_is_sorted_and_can_be_narrowed(data: Path, repository: a.Repos
         repository.fetch("app", "fifo")
 
 
-def test_a_reader_reads_what_it_opened_to_its_end(repository: a.Repository) -> None:
-    push(repository, "x", MANY)
+def test_open_content_survives_replacement_and_deletion(repository: a.Repository) -> None:
+    push(repository, "x", LARGE_BODY)
     with repository.fetch("app", "x") as content:
         start = content.read(0, 1000)
         push(repository, "x", b"two")
         repository.delete("app", "x")
         repository.delete_directory("app")
-        assert start + content.read(1000, len(MANY)) == MANY
+        assert start + content.read(1000, len(LARGE_BODY)) == LARGE_BODY
 
 
-def test_no_reader_sees_a_missing_or_a_mixed_artefact(data: Path) -> None:
+def test_reader_never_sees_a_missing_or_mixed_artefact(data: Path) -> None:
     def write() -> None:
         for content in itertools.cycle(states):
             push(repository, "x", content)
@@ -1401,7 +1415,7 @@ def test_no_reader_sees_a_missing_or_a_mixed_artefact(data: Path) -> None:
 
 
 def increment(data: str, times: int) -> None:
-    """Adds 1 to a number, over and over, each time on the condition that it is still what was read."""
+    """Increment a stored number several times. Each push requires that the number is still the one read."""
     repository = a.Repository(data, keep_versions=a.ALL)
     while times:
         number, seen = b"0", None
@@ -1417,12 +1431,14 @@ def increment(data: str, times: int) -> None:
             times -= 1
 
 
-@pytest.mark.parametrize("several", ["threads", "processes"])
-def test_of_many_writers_one_wins(data: Path, repository: a.Repository, several: str) -> None:
-    """Each time: so the number counts them all, and every state that there was is a version."""
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_exactly_one_of_many_conditional_writers_wins(
+    data: Path, repository: a.Repository, kind: str
+) -> None:
+    """Count with conditional pushes: no increment is lost, and every state is kept as a version."""
 
     def run(_: int) -> None:
-        if several == "threads":
+        if kind == "threads":
             increment(str(data), 10)
         else:
             command = [sys.executable, "-W", "error", "-c", program]
@@ -1439,32 +1455,34 @@ def test_of_many_writers_one_wins(data: Path, repository: a.Repository, several:
 # == Storage: durability ==========================================================================
 
 
-def test_every_step_is_durable_before_the_next(data: Path, events: Events, keeping: a.Repository) -> None:
+def test_each_step_of_a_commit_is_durable_before_the_next(
+    data: Path, events: Events, versioned: a.Repository
+) -> None:
     app, versions = data / "app", data / "app/.versions"
-    one = push(keeping, "d/x", b"one")
+    one = push(versioned, "d/x", b"one")
     in_order(events, ("fsync", app / "d/x"), ("rename", "x"), ("fsync", app / "d"))
     in_order(events, ("mkdir", "app"), ("fsync", data), ("mkdir", "d"), ("fsync", app), ("rename", "x"))
     events.clear()
-    two = push(keeping, "d/x", b"two")
+    two = push(versioned, "d/x", b"two")
     in_order(events, ("fsync", app / "d/x"), ("rename", "x"), ("fsync", app / "d"))
     in_order(events, ("mkdir", ".versions"), ("fsync", app), ("mkdir", "d"), ("fsync", versions))
     in_order(events, ("mkdir", "x"), ("fsync", versions / "d"), ("link", one.version), ("rename", "x"))
     in_order(events, ("link", one.version), ("fsync", versions / "d/x"), ("rename", "x"))
-    push(keeping, "d/y", b"so that the folder stays")
+    push(versioned, "d/y", b"so that the folder stays")
     events.clear()
-    keeping.delete("app", "d/x")
+    versioned.delete("app", "d/x")
     in_order(events, ("link", two.version), ("fsync", versions / "d/x"), ("unlink", "x"))
     in_order(events, ("unlink", "x"), ("fsync", app / "d"))
-    keeping.erase("app", "d/x", one.version)
+    versioned.erase("app", "d/x", one.version)
     in_order(events, ("unlink", one.version), ("fsync", versions / "d/x"))
     events.clear()
-    keeping.delete_directory("app")
+    versioned.delete_directory("app")
     assert events[0][0] == "rename"
     in_order(events, ("fsync", data))
 
 
-def test_a_folder_made_again_or_by_another_is_durable_too(data: Path, events: Events) -> None:
-    """One made again may have the inode of the one before; who made one may not have synced it."""
+def test_recreated_or_foreign_folder_is_fsynced(data: Path, events: Events) -> None:
+    """Fsync a recreated folder, which may have the inode of the old one, and one of another process."""
     repository = a.Repository(data)
     for by_another in False, False, True:
         if by_another:
@@ -1477,7 +1495,7 @@ def test_a_folder_made_again_or_by_another_is_durable_too(data: Path, events: Ev
         repository.delete_directory("app")
 
 
-def test_a_failed_fsync_leaves_the_old_state_and_is_not_retried(
+def test_failed_fsync_leaves_the_old_state_and_is_not_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events
 ) -> None:
     def started(name: str) -> a.Repository:
@@ -1488,7 +1506,7 @@ def test_a_failed_fsync_leaves_the_old_state_and_is_not_retried(
 
     push(started("good"), "d/x", b"two")
     count = [call for call, _ in events[: events.index(("rename", "x"))]].count("fsync")
-    assert count >= 4  # the staged file, the new folders' parents, the folder of the version
+    assert count >= 4  # the staging file, the parents of new folders, the version's folder
     carry_out = os.fsync
     for failing in range(count):
         repository, calls = started(f"fails {failing}"), itertools.count()
@@ -1501,7 +1519,7 @@ def test_a_failed_fsync_leaves_the_old_state_and_is_not_retried(
         with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.EIO)):
             patch.setattr(os, "fsync", fsync)
             push(repository, "d/x", b"two")
-        assert next(calls) == failing + 1  # none after the one that failed
+        assert next(calls) == failing + 1  # no fsync after the failed one
         assert not any(name.startswith(".incoming") for name in tree(Path(repository.root)))
         assert [current for _, current in repository.versions("app", "d/x")] == [True]
         assert fetched(repository, "d/x") == b"one"
@@ -1509,10 +1527,10 @@ def test_a_failed_fsync_leaves_the_old_state_and_is_not_retried(
         assert fetched(repository, "d/x") == b"two" and len(repository.versions("app", "d/x")) == 2
 
 
-def test_without_fsync_there_is_none(data: Path, events: Events) -> None:
+def test_fsync_can_be_disabled(data: Path, events: Events) -> None:
     repository = a.Repository(data, keep_versions=2, fsync=False)
     one = push(repository, "x", b"one")
-    push(repository, "x", MANY)
+    push(repository, "x", LARGE_BODY)
     repository.restore("app", "x", one.version)
     repository.erase("app", "x", one.version)
     repository.delete("app", "x")
@@ -1524,36 +1542,33 @@ def test_without_fsync_there_is_none(data: Path, events: Events) -> None:
 # == Storage: damage ==============================================================================
 
 
-def test_a_damaged_version_is_not_restored(data: Path, keeping: a.Repository) -> None:
-    needs_attributes(data)
-    one = push(keeping, "x", b"one")
-    push(keeping, "x", b"two")
-    drop(data / "app/.versions/x" / one.version, b"0ne", one.version)  # in place, as a failing disk would
+def test_damaged_version_is_not_restored(data: Path, versioned: a.Repository) -> None:
+    require_attributes(data)
+    one = push(versioned, "x", b"one")
+    push(versioned, "x", b"two")
+    add_file(data / "app/.versions/x" / one.version, b"0ne", one.version)  # as by a failing disk
     with pytest.raises(a.Damaged):
-        keeping.restore("app", "x", one.version)
-    assert fetched(keeping, "x") == b"two"
+        versioned.restore("app", "x", one.version)
+    assert fetched(versioned, "x") == b"two"
 
 
 @pytest.mark.parametrize("attributes", [True, False])
-def test_who_pushes_again_what_was_damaged_mends_it(
+def test_push_of_the_same_bytes_repairs_a_damaged_artefact(
     data: Path, repository: a.Repository, attributes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(a, "HAS_ATTRIBUTES", attributes)
     for size in 10, 2_000_000:
         content, file = os.urandom(size), data / f"app/{size}"
         push(repository, file.name, content)
-        before = file.stat()
-        with file.open("r+b") as damaged:
-            damaged.write(bytes(10))
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        damage(file, bytes(10))
         push(repository, file.name, content)
         assert file.read_bytes() == content
-        there = file.stat()
+        repaired = file.stat()
         push(repository, file.name, content)
-        assert file.stat() == there  # of what is whole nothing changes
+        assert file.stat() == repaired  # an undamaged file is not written again
 
 
-def test_verify_tells_damage_from_change(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_distinguishes_damage_from_change(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository = a.Repository(data, keep_versions=1)
     for content in b"one", b"two":
         push(repository, "kept/x", content)
@@ -1565,64 +1580,60 @@ def test_verify_tells_damage_from_change(data: Path, capsys: pytest.CaptureFixtu
 
     (data / "app/edited").write_bytes(b"edited in place")
     (data / "app/dropped").write_bytes(b"dropped in by hand")
-    (kept,) = (data / "app/.versions/kept/x").iterdir()
-    before = kept.stat()
-    kept.write_bytes(b"0ne")  # a bit flipped: the same size, and the time of before
-    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (version,) = (data / "app/.versions/kept/x").iterdir()
+    damage(version, b"0ne")
     assert a.main(verify) == 1
     *found, counts = capsys.readouterr().out.splitlines()
     assert sorted(line.rpartition(" ")[0] for line in found) == [
         "changed: app/edited", "damaged: app/kept/x", "new: app/dropped",
     ]  # fmt: skip
-    assert any(line.endswith(kept.name) for line in found)
+    assert any(line.endswith(version.name) for line in found)
     assert counts == "2 whole, 1 new, 1 changed, 1 damaged"
 
-    with pytest.raises(a.Damaged):  # what is damaged is not made current
-        repository.restore("app", "kept/x", kept.name)
-    assert a.main(verify) == 1  # and the digest that tells it stays
+    with pytest.raises(a.Damaged):  # a damaged version cannot become current
+        repository.restore("app", "kept/x", version.name)
+    assert a.main(verify) == 1  # the stored digest that shows the damage is still there
     assert capsys.readouterr().out.splitlines()[-1] == "4 whole, 0 new, 0 changed, 1 damaged"
 
 
-def test_verify_shows_its_progress_on_a_terminal(data: Path) -> None:
+def test_verify_shows_progress_on_a_terminal(data: Path) -> None:
     for name in "ab":
-        drop(data / "app" / name, bytes(3_000_000))
+        add_file(data / "app" / name, bytes(3_000_000))
     terminal, theirs = pty.openpty()
     command = [sys.executable, a.__file__, "--data", str(data), "--verify"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
     os.close(theirs)
-    told = b""
-    with contextlib.suppress(OSError):  # EIO: all is read
+    written = b""
+    with contextlib.suppress(OSError):  # EIO at the end of the output
         while piece := os.read(terminal, 1 << 16):
-            told += piece
+            written += piece
     os.close(terminal)
     new, *_, counts = done.stdout.splitlines()
     assert new.startswith("new: app/a ") and counts == "0 whole, 2 new, 0 changed, 0 damaged"
     half, whole = "#" * 20 + " " * 20, "#" * 40
-    shown = told.decode().replace("\033[K", "").split("\r")
+    shown = written.decode().replace("\033[K", "").split("\r")
     assert [line for line in shown if line.startswith("[")] == [
         f"[{half}]  50%, 1 files ", f"[{whole}] 100%, 2 files ",
     ]  # fmt: skip
 
 
-def test_verify_goes_on_behind_what_cannot_be_read(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    id = "/".join(["i" * 203] * 5)[:1015]  # its versions' paths are longer than an id may be
+def test_verify_continues_after_an_unreadable_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    id = "/".join(["i" * 203] * 5)[:1015]  # the paths of its versions are longer than an id may be
     for name, content in ("a", b"one"), (id, b"one"), (id, b"two"), ("z", b"one"):
         push(a.Repository(data, keep_versions=1), name, content)
-    (kept,) = (data / "app/.versions" / id).iterdir()
-    before = kept.stat()
-    kept.write_bytes(b"0ne")
-    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (version,) = (data / "app/.versions" / id).iterdir()
+    damage(version, b"0ne")
     (data / "app/a").chmod(0)
     for folder in "app/closed", "closed":
-        drop(data / folder / "x", b"")
+        add_file(data / folder / "x", b"")
         (data / folder).chmod(0)
-    os.symlink("a", data / "app/latest")  # no artefact, and no reason to worry
+    os.symlink("a", data / "app/latest")  # a link is not an artefact and is not reported
     os.mkfifo(data / "app/fifo")
     command = [*without_privileges(), sys.executable, str(PROGRAM), "--data", str(data), "--verify"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     *found, counts = done.stdout.splitlines()
     closed = ["unreadable: closed/", "unreadable: closed/.versions/"]
-    damaged = f"damaged: app/{id} {kept.name}"
+    damaged = f"damaged: app/{id} {version.name}"
     assert found == ["unreadable: app/a", "unreadable: app/closed/", damaged, *closed]
     assert counts == "2 whole, 0 new, 0 changed, 1 damaged, 4 unreadable" and done.returncode == 1
     assert done.stderr.count("Permission denied") == 4 and "Traceback" not in done.stderr
@@ -1630,10 +1641,10 @@ def test_verify_goes_on_behind_what_cannot_be_read(data: Path, capsys: pytest.Ca
         (data / folder).chmod(0o755)
 
 
-def test_verify_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_creates_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert a.main(["--verify", "--data", str(tmp_path / "typo")]) == 2 and not os.listdir(tmp_path)
     assert "typo: The data directory does not exist" in capsys.readouterr().err
-    drop(tmp_path / "backup/app/x", b"one")
+    add_file(tmp_path / "backup/app/x", b"one")
     assert a.main(["--verify", "--data", str(tmp_path / "backup")]) == 0
     assert os.listdir(tmp_path / "backup") == ["app"]
 
@@ -1695,14 +1706,14 @@ SEMANTICS: Rules = [
 
 @pytest.mark.parametrize(("rule", "case"), cases_of(SEMANTICS))
 def test_http_rule(rule: Callable[..., object], case: tuple[Any, ...]) -> None:
-    check(rule, case)
+    check_rule(rule, case)
 
 
 READ, WRITE = "GET HEAD", "PUT POST DELETE"
 ANY = f"{READ} {WRITE}"
 Expected = type[Exception] | int | None
 PRECONDITIONS: list[tuple[Expected, str, str | None, list[str]]] = [
-    # what is to come, methods, the current entity tag (with the time TIME), the fields: RFC 9110 §13.2.2
+    # expected result, methods, current entity tag (its time is TIME), header fields: RFC 9110 §13.2.2
     (None, ANY, '"e"', [
         "", 'If-Match: "e"', 'If-Match: "f" , "e"', 'If-Match: ,"e",', "If-Match: *", "If-Match:  * ",
         f"If-Unmodified-Since: {DATE}", f"If-Unmodified-Since: {LATER}", "If-Unmodified-Since: yesterday",
@@ -1751,7 +1762,7 @@ def test_precondition(expected: Expected, methods: str, etag: str | None, fields
     ("PUT", 200, {"If-Unmodified-Since": MODIFIED}), ("PUT", 200, {"X-Checksum-Sha256": NEW[1:-1]}),
     ("DELETE", 204, {"If-Match": "*"}), ("DELETE", 204, {"If-Match": f"{ONE}, {TWO}"}),
 ])  # fmt: skip
-def test_conditional(
+def test_conditional_request(
     data: Path, client: testing.TestClient, method: str, status: int, fields: dict[str, str]
 ) -> None:
     result = call(client, f"{method} /artefacts/app/x.txt", headers=fields)
@@ -1765,8 +1776,8 @@ def test_conditional(
 
 
 def test_ranges(client: testing.TestClient) -> None:
-    """Of an artefact that is read at once and of one that is streamed."""
-    for content in b"0123456789", MANY:
+    """Check an artefact that is sent from memory and one that is streamed."""
+    for content in b"0123456789", LARGE_BODY:
         call(client, "PUT /artefacts/app/x", body=content)
         size, etag = len(content), f'"{sha256(content)}"'
         for field, start, stop in (
@@ -1786,24 +1797,24 @@ def test_ranges(client: testing.TestClient) -> None:
 # == Resources over HTTP ==========================================================================
 
 WITHOUT_X = {"app/f/y": b"why"}
-TABLE: list[tuple[str, int, bytes, dict[str, bytes]]] = [
-    # the request, status, what the answer begins with, the tree afterwards
-    ("GET /", 200, b'{"directories": [', BEFORE),
-    ("GET /app", 200, b'{"directory": "app", "artefacts": [{', BEFORE),
+REQUESTS: list[tuple[str, int, bytes, dict[str, bytes]]] = [
+    # request, status, start of the response body, tree afterwards
+    ("GET /", 200, b'{"directories": [', INITIAL),
+    ("GET /app", 200, b'{"directory": "app", "artefacts": [{', INITIAL),
     ("DELETE /app", 204, b"", {}),
-    ("GET /app/x.txt", 200, b"two", BEFORE),
-    ("GET /app/f/y", 200, b"why", BEFORE),
-    (f"GET /app/x.txt?version={T1}", 200, b"one", BEFORE),
-    (f"GET /app/x.txt?version={T2}", 200, b"two", BEFORE),
-    ("GET /app/x.txt?at=2024-01-01", 200, b"one", BEFORE),
-    ("GET /app/x.txt?at=2024-01-02T00:00:00.000002Z", 200, b"two", BEFORE),
-    ("GET /app/x.txt?versions", 200, b'{"directory": "app", "id": "x.txt", "versions": [{', BEFORE),
-    ("POST /app/n", 201, b'{"directory": "app", "id": "n", ', {**BEFORE, "app/n": b"new"}),
-    ("POST /app/f/g/n", 201, b"{", {**BEFORE, "app/f/g/n": b"new"}),
-    (RESTORE, 201, b"{", {**BEFORE, "app/x.txt": b"one", f"app/.versions/x.txt/{T2}": b"two"}),
-    ("PUT /app/n", 201, b"{", {**BEFORE, "app/n": b"new"}),
-    ("PUT /new/n", 201, b'{"directory": "new", "id": "n", ', {**BEFORE, "new/n": b"new"}),
-    ("PUT /app/x.txt", 200, b"{", {**BEFORE, "app/x.txt": b"new", f"app/.versions/x.txt/{T2}": b"two"}),
+    ("GET /app/x.txt", 200, b"two", INITIAL),
+    ("GET /app/f/y", 200, b"why", INITIAL),
+    (f"GET /app/x.txt?version={T1}", 200, b"one", INITIAL),
+    (f"GET /app/x.txt?version={T2}", 200, b"two", INITIAL),
+    ("GET /app/x.txt?at=2024-01-01", 200, b"one", INITIAL),
+    ("GET /app/x.txt?at=2024-01-02T00:00:00.000002Z", 200, b"two", INITIAL),
+    ("GET /app/x.txt?versions", 200, b'{"directory": "app", "id": "x.txt", "versions": [{', INITIAL),
+    ("POST /app/n", 201, b'{"directory": "app", "id": "n", ', {**INITIAL, "app/n": b"new"}),
+    ("POST /app/f/g/n", 201, b"{", {**INITIAL, "app/f/g/n": b"new"}),
+    (RESTORE, 201, b"{", {**INITIAL, "app/x.txt": b"one", f"app/.versions/x.txt/{T2}": b"two"}),
+    ("PUT /app/n", 201, b"{", {**INITIAL, "app/n": b"new"}),
+    ("PUT /new/n", 201, b'{"directory": "new", "id": "n", ', {**INITIAL, "new/n": b"new"}),
+    ("PUT /app/x.txt", 200, b"{", {**INITIAL, "app/x.txt": b"new", f"app/.versions/x.txt/{T2}": b"two"}),
     ("DELETE /app/x.txt", 204, b"",
      {f"app/.versions/x.txt/{T2}": b"two", f"app/.versions/x.txt/{T1}": b"one", **WITHOUT_X}),
     (f"DELETE /app/x.txt?version={T1}", 204, b"", {"app/x.txt": b"two", **WITHOUT_X}),
@@ -1813,8 +1824,8 @@ TABLE: list[tuple[str, int, bytes, dict[str, bytes]]] = [
 
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("base", ["/artefacts", "/artefact"])
-@pytest.mark.parametrize(("line", "status", "answer", "after"), TABLE, ids=[row[0] for row in TABLE])
-def test_table(
+@pytest.mark.parametrize(("line", "status", "answer", "after"), REQUESTS, ids=[row[0] for row in REQUESTS])
+def test_request(
     data: Path, client: testing.TestClient, base: str, slash: str,
     line: str, status: int, answer: bytes, after: dict[str, bytes],
 ) -> None:  # fmt: skip
@@ -1838,7 +1849,7 @@ def test_table(
     assert options.status_code == 200 and method in options.headers["Allow"].split(", ")
 
 
-def test_the_header_fields_of_an_artefact(data: Path, client: testing.TestClient) -> None:
+def test_header_fields_of_an_artefact(data: Path, client: testing.TestClient) -> None:
     digest = base64.b64encode(hashlib.sha256(b"two").digest()).decode()
     expected = {
         "content-type": "text/plain", "content-length": "3", "etag": TWO, "cache-control": "no-cache",
@@ -1854,19 +1865,20 @@ def test_the_header_fields_of_an_artefact(data: Path, client: testing.TestClient
     earlier = call(client, f"GET /artefacts/app/x.txt?version={T1}").headers
     assert (earlier["Cache-Control"], earlier["ETag"]) == ("max-age=31536000, immutable", ONE)
     assert earlier["Artefact-Version"] == T1
-    drop(data / "app/x.txt", b"two", "20990101T000000.000000Z")  # Last-Modified: not later than now
+    # Last-Modified must not be later than now.
+    add_file(data / "app/x.txt", b"two", "20990101T000000.000000Z")
     modified = call(client, "GET /artefacts/app/x.txt").headers["Last-Modified"]
     assert a.http_seconds(modified) == pytest.approx(time.time(), abs=60)
 
 
-def test_every_listing_is_to_be_asked_for_again(client: testing.TestClient) -> None:
+def test_listings_must_be_revalidated(client: testing.TestClient) -> None:
     for target, method in itertools.product(("", "/app", "/app/x.txt?versions"), ("GET", "HEAD")):
         for format in "json", "html":
             headers = call(client, f"{method} /artefacts{target}", headers={"Accept": f"*/{format}"}).headers
             assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-cache", "nosniff")
 
 
-def test_the_type_is_the_clients_where_it_says_something(client: testing.TestClient) -> None:
+def test_specific_type_of_the_client_is_stored(client: testing.TestClient) -> None:
     by_name, form = "application/gzip", "application/x-www-form-urlencoded"
     for sent, stored in (form, by_name), (BASIC, by_name), ("text/x-n; a=b", "text/x-n; a=b"):
         call(client, f"PUT /artefacts/app/{sent}.tar.gz", headers={"Content-Type": sent})
@@ -1874,14 +1886,14 @@ def test_the_type_is_the_clients_where_it_says_something(client: testing.TestCli
         assert headers["Content-Type"] == stored and "Content-Encoding" not in headers
 
 
-def test_an_identical_put_changes_nothing(data: Path, client: testing.TestClient) -> None:
+def test_identical_put_changes_nothing(data: Path, client: testing.TestClient) -> None:
     before = call(client, "GET /artefacts/app/x.txt").headers
     result = call(client, "PUT /artefacts/app/x.txt", body=b"two")
-    assert (result.status_code, result.json["version"], tree(data)) == (200, T2, BEFORE)
+    assert (result.status_code, result.json["version"], tree(data)) == (200, T2, INITIAL)
     assert call(client, "GET /artefacts/app/x.txt").headers == before
 
 
-def test_too_large_is_refused_whether_announced_or_not(data: Path) -> None:
+def test_body_over_max_size_is_refused(data: Path) -> None:
     client = testing.TestClient(a.create_app(data, max_size=5, fsync=False))
     chunked = {"wsgi.input_terminated": True, "CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked"}
     for extras, content, status in (
@@ -1920,18 +1932,18 @@ def test_listings(client: testing.TestClient) -> None:
 
 
 @pytest.mark.parametrize("format", ["tar", "sha256sums", "json"])
-def test_head_of_a_listing_tells_what_get_does(tree_url: str, format: str) -> None:
-    told = []
+def test_head_of_a_listing_has_the_fields_of_get(tree_url: str, format: str) -> None:
+    headers = []
     with closing(http.client.HTTPConnection(urlsplit(tree_url).netloc, timeout=30)) as connection:
-        for method in ("GET", "HEAD", "GET"):  # on one connection: nothing is left over
+        for method in ("GET", "HEAD", "GET"):  # one connection: HEAD must not leave body bytes behind
             connection.request(method, f"/artefacts/tree?format={format}")
             answer = connection.getresponse()
             assert bool(answer.read()) == (method == "GET")
-            told.append(dict(answer.getheaders()) | {"Date": "", "Transfer-Encoding": ""})
-    assert told[0] == told[1] == told[2]
+            headers.append(dict(answer.getheaders()) | {"Date": "", "Transfer-Encoding": ""})
+    assert headers[0] == headers[1] == headers[2]
 
 
-def test_sha256sum_checks_what_was_downloaded(tree_url: str, tmp_path: Path) -> None:
+def test_sha256sum_checks_a_download(tree_url: str, tmp_path: Path) -> None:
     for artefact in run_curl(tree_url)[1]["artefacts"]:
         (tmp_path / artefact["id"]).parent.mkdir(parents=True, exist_ok=True)
         with urlopen(f"http://{urlsplit(tree_url).netloc}{artefact['href']}") as answer:
@@ -1942,26 +1954,26 @@ def test_sha256sum_checks_what_was_downloaded(tree_url: str, tmp_path: Path) -> 
     assert pipe(*check).stdout == "1.0/less: FAILED\n"
 
 
-def test_preconditions_hold_for_forms(app: testing.TestClient, data: Path) -> None:
+def test_preconditions_apply_to_forms(empty_client: testing.TestClient, data: Path) -> None:
     for field in ({"If-Match": '"0"'}, {"If-Match": "*"}, {"If-None-Match": "0"}):
         for path in "/artefacts/app", "/artefacts/app/id":
             body = part(b"a") + b"--XX--\r\n"
-            result = app.simulate_post(path, headers=FORM | field, body=body)
+            result = empty_client.simulate_post(path, headers=FORM | field, body=body)
             assert result.status_code == (400 if "If-None-Match" in field else 412), (field, path)
-    assert stored(data) == {}
+    assert tree(data / "app") == {}
 
 
 # == Resources over HTTP: forms ===================================================================
 
 
-def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None:
+def test_curl_pushes_the_files_of_a_form(served: Program, tmp_path: Path) -> None:
     files = {"a b.bin": b"\r\n--a\0\xff", "empty": b"", "ü ☃.html": b"<p>"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     arguments = [argument for name in files for argument in ("-F", f"file=@{tmp_path / name}")]
     status, answer = run_curl(*arguments, "-F", "comment=no file", f"{served.url}curl/")
     assert (status, answer["directory"], answer["refused"]) == (201, "curl", [])
-    assert (ids(answer), stored(served.data, "curl")) == (list(files), files)
+    assert (ids(answer), tree(served.data / "curl")) == (list(files), files)
     assert answer["artefacts"] == run_curl(f"{served.url}curl/")[1]["artefacts"]
     assert answer["artefacts"][2]["type"] == "text/html"
     file = f"file=@{tmp_path / 'empty'};type=image/png;filename=x"
@@ -1978,52 +1990,52 @@ def test_curl_pushes_the_files_of_a_form(served: Served, tmp_path: Path) -> None
         (b"\xff", None), (b"say %22hi%22", 'say "hi"'),
     ],
 )  # fmt: skip
-def test_the_name_of_a_part_is_its_file_name_without_folders(
-    app: testing.TestClient, data: Path, name: bytes, id: str | None
+def test_part_is_named_after_its_file_without_folders(
+    empty_client: testing.TestClient, data: Path, name: bytes, id: str | None
 ) -> None:
-    result = post(app, "/artefacts/app/", part(b"before"), part(name), part(b"later"))
+    result = post(empty_client, "/artefacts/app/", part(b"before"), part(name), part(b"later"))
     assert result.status_code == (201 if id else 400)
-    assert stored(data) == dict.fromkeys(("before", id or "before", "later"), b"content")
-    assert set(ids(result.json)) == set(stored(data))
+    assert tree(data / "app") == dict.fromkeys(("before", id or "before", "later"), b"content")
+    assert set(ids(result.json)) == set(tree(data / "app"))
     assert [refused["status"] for refused in result.json["refused"]] == ([] if id else [400])
 
 
-def test_no_file_chosen(app: testing.TestClient, data: Path) -> None:
+def test_form_without_a_file_is_refused(empty_client: testing.TestClient, data: Path) -> None:
     nothing, field = part(b"", b""), b'--XX\r\nContent-Disposition: form-data; name="f"\r\n\r\nx\r\n'
     for parts in ((nothing,), (field,), ()):
-        result = post(app, "/artefacts/app", *parts)
-        assert (result.status_code, stored(data)) == (400, {})
+        result = post(empty_client, "/artefacts/app", *parts)
+        assert (result.status_code, tree(data / "app")) == (400, {})
         assert "no file" in result.json["detail"]
-    assert post(app, "/artefacts/app", field, nothing, part(b"a"), nothing).status_code == 201
-    assert stored(data) == {"a": b"content"}
+    assert post(empty_client, "/artefacts/app", field, nothing, part(b"a"), nothing).status_code == 201
+    assert tree(data / "app") == {"a": b"content"}
 
 
 @pytest.mark.parametrize("first", ["there", ".name", "large"])
 def test_a_refused_part_does_not_keep_others_out(data: Path, first: str) -> None:
-    app = testing.TestClient(a.create_app(data, fsync=False, max_size=100))
-    post(app, "/artefacts/app", part(b"there"))
+    client = testing.TestClient(a.create_app(data, fsync=False, max_size=100))
+    post(client, "/artefacts/app", part(b"there"))
     bad = {first: 0, "there": 409, ".name": 400, "large": 413}  # in this order
     parts = [part(name.encode(), b"x" * (101 if name == "large" else 1)) for name in bad]
-    result = post(app, "/artefacts/app", part(b"before"), *parts, part(b"later"))
+    result = post(client, "/artefacts/app", part(b"before"), *parts, part(b"later"))
     assert result.status_code in (409, bad[first])
     assert result.headers["Content-Type"] == "application/problem+json"
     assert [(refused["id"], refused["status"]) for refused in result.json["refused"]] == [*bad.items()]
     assert all(refused["detail"] for refused in result.json["refused"])
     assert ids(result.json) == ["before", "later"]
-    assert stored(data) == dict.fromkeys(("there", "before", "later"), b"content")
+    assert tree(data / "app") == dict.fromkeys(("there", "before", "later"), b"content")
     assert not any((data / ".incoming").iterdir())
 
 
-def test_a_form_cut_short_anywhere_stores_whole_files_or_nothing(app: testing.TestClient, data: Path) -> None:
+def test_truncated_form_stores_only_whole_files(empty_client: testing.TestClient, data: Path) -> None:
     files = {"one": b"1\r\n--X\r\n", "two": b"\r\n\r\n--XYno"}
     form = b"".join(part(name.encode(), content) for name, content in files.items()) + b"--XX--"
     for cut in range(len(form)):
-        result = app.simulate_post(f"/artefacts/{cut}", headers=FORM, body=form[:cut])
-        found = stored(data, str(cut))
+        result = empty_client.simulate_post(f"/artefacts/{cut}", headers=FORM, body=form[:cut])
+        found = tree(data / str(cut))
         assert result.status_code == 400, cut
         assert found.items() <= files.items(), cut
         assert ids(result.json) == list(found), cut
-    assert app.simulate_post("/artefacts/all", headers=FORM, body=form).status_code == 201
+    assert empty_client.simulate_post("/artefacts/all", headers=FORM, body=form).status_code == 201
 
 
 @pytest.mark.parametrize(
@@ -2038,55 +2050,52 @@ def test_a_form_cut_short_anywhere_stores_whole_files_or_nothing(app: testing.Te
         b"--XX\r\nContent-Disposition: form-data; filename*=no-such''%e9\r\n\r\nx\r\n--XX--\r\n",
     )],
 )  # fmt: skip
-def test_a_malformed_form_is_refused(
-    app: testing.TestClient, data: Path, boundary: str, body: bytes
+def test_malformed_form_is_refused(
+    empty_client: testing.TestClient, data: Path, boundary: str, body: bytes
 ) -> None:
     fields = {"Content-Type": f"multipart/form-data{boundary}"}
-    result = app.simulate_post("/artefacts/app", headers=fields, body=body)
+    result = empty_client.simulate_post("/artefacts/app", headers=fields, body=body)
     assert (result.status_code, bool(result.json["detail"])) == (400, True)
-    assert ids(result.json) == list(stored(data))
+    assert ids(result.json) == list(tree(data / "app"))
 
 
-def test_a_part_has_the_type_that_it_says_or_that_of_its_name(app: testing.TestClient) -> None:
+def test_part_type_comes_from_its_header_or_its_name(empty_client: testing.TestClient) -> None:
     said = (b"", b"\r\nContent-Type: text/plain", b"\r\nContent-Type: application/octet-stream")
     parts = [part(b"%d.html" % number, more=more) for number, more in enumerate(said)]
-    types = [artefact["type"] for artefact in post(app, "/artefacts/app", *parts).json["artefacts"]]
+    types = [artefact["type"] for artefact in post(empty_client, "/artefacts/app", *parts).json["artefacts"]]
     assert types == ["text/html", "text/plain", "text/html"]
 
 
-def test_the_digest_of_a_form_is_not_taken_for_that_of_a_file(app: testing.TestClient, data: Path) -> None:
+def test_digest_of_a_form_is_refused(empty_client: testing.TestClient, data: Path) -> None:
     digest = {"X-Checksum-Sha256": sha256(b"content")}
-    result = app.simulate_post("/artefacts/app", headers=FORM | digest, body=part(b"a") + b"--XX--\r\n")
-    assert (result.status_code, stored(data)) == (400, {}) and "PUT" in result.json["detail"]
+    body = part(b"a") + b"--XX--\r\n"
+    result = empty_client.simulate_post("/artefacts/app", headers=FORM | digest, body=body)
+    assert (result.status_code, tree(data / "app")) == (400, {}) and "PUT" in result.json["detail"]
 
 
-def test_a_part_with_an_unreadable_type_goes_by_its_name(app: testing.TestClient) -> None:
-    result = post(app, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
+def test_part_with_an_invalid_type_gets_the_type_of_its_name(empty_client: testing.TestClient) -> None:
+    result = post(empty_client, "/artefacts/app", part(b"a.html", more=b"\r\nContent-Type: \xff/\xff"))
     assert [artefact["type"] for artefact in result.json["artefacts"]] == ["text/html"]
 
 
-def test_a_form_is_unwrapped_never_stored_as_it_is(app: testing.TestClient, data: Path) -> None:
-    assert post(app, "/artefacts/app/1.0/x", part(b"other")).status_code == 201
-    assert post(app, "/artefacts/app/1.0/x", part(b"other", b"2")).status_code == 409
-    assert post(app, "/artefacts/app/two", part(b"a"), part(b"b", b"2")).status_code == 409
-    assert app.simulate_put("/artefacts/app/put", headers=FORM, body=part(b"a")).status_code == 415
-    assert app.simulate_post("/artefacts/app", body=b"no form").status_code == 415
-    assert stored(data) == {"1.0/x": b"content", "two": b"content"}
+def test_form_is_never_stored_as_it_is(empty_client: testing.TestClient, data: Path) -> None:
+    assert post(empty_client, "/artefacts/app/1.0/x", part(b"other")).status_code == 201
+    assert post(empty_client, "/artefacts/app/1.0/x", part(b"other", b"2")).status_code == 409
+    assert post(empty_client, "/artefacts/app/two", part(b"a"), part(b"b", b"2")).status_code == 409
+    assert empty_client.simulate_put("/artefacts/app/put", headers=FORM, body=part(b"a")).status_code == 415
+    assert empty_client.simulate_post("/artefacts/app", body=b"no form").status_code == 415
+    assert tree(data / "app") == {"1.0/x": b"content", "two": b"content"}
 
 
-def test_a_chunked_form_on_a_server_that_streams(app: testing.TestClient, data: Path) -> None:
-    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
-    environ.pop("CONTENT_LENGTH", None)
-    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
-    environ["wsgi.input"] = io.BytesIO(part(b"a") + b"--XX--\r\n")
-    told = testing.StartResponseMock()
-    app.app(environ, told)
-    assert (told.status, stored(data)) == ("201 Created", {"a": b"content"})
+def test_chunked_form_on_a_streaming_server(empty_client: testing.TestClient, data: Path) -> None:
+    response = testing.StartResponseMock()
+    empty_client.app(streamed_form(io.BytesIO(part(b"a") + b"--XX--\r\n")), response)
+    assert (response.status, tree(data / "app")) == ("201 Created", {"a": b"content"})
 
 
 @pytest.mark.parametrize("breaks", ["in a file", "between files", "at once"])
-def test_a_chunked_form_that_breaks_off_where_the_server_raises(
-    app: testing.TestClient, data: Path, breaks: str
+def test_chunked_form_whose_stream_raises(
+    empty_client: testing.TestClient, data: Path, breaks: str
 ) -> None:
     class Breaking(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
@@ -2095,28 +2104,25 @@ def test_a_chunked_form_that_breaks_off_where_the_server_raises(
             return piece
 
     whole = {"in a file": part(b"a") + part(b"b")[:-5], "between files": part(b"a"), "at once": b""}[breaks]
-    environ = testing.create_environ("/artefacts/app", method="POST", headers=FORM)
-    environ.pop("CONTENT_LENGTH", None)
-    environ |= {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
-    told = testing.StartResponseMock()
-    answer = b"".join(app.app(environ | {"wsgi.input": Breaking(whole)}, told))
+    response = testing.StartResponseMock()
+    answer = b"".join(empty_client.app(streamed_form(Breaking(whole)), response))
     listed = json.loads(answer)
-    assert told.status == "400 Bad Request" and "broke off" in str(listed)
-    assert ids(listed) == list(stored(data))
+    assert response.status == "400 Bad Request" and "broke off" in str(listed)
+    assert ids(listed) == list(tree(data / "app"))
 
 
 @pytest.mark.parametrize("fields", [(), ("-H", "Transfer-Encoding: chunked")], ids=["length", "chunked"])
-def test_a_large_form_takes_no_memory(served: Served, tmp_path: Path, fields: tuple[str, ...]) -> None:
+def test_large_form_is_not_held_in_memory(served: Program, tmp_path: Path, fields: tuple[str, ...]) -> None:
     with open(tmp_path / "large", "wb") as file:
-        file.truncate(LARGE)
-    before, url = served.peak(anew=True), f"{served.url}large{len(fields)}/"
+        file.truncate(LARGE_SIZE)
+    before, url = served.peak_memory(restart=True), f"{served.url}large{len(fields)}/"
     assert run_curl(*fields, "-F", f"file=@{tmp_path / 'large'}", url)[0] == 201
-    assert served.peak() - before < 16 * 1024 * 1024
+    assert served.peak_memory() - before < 16 * 1024 * 1024
     subprocess.run(["cmp", tmp_path / "large", served.data / f"large{len(fields)}/large"], check=True)
 
 
-def test_whatever_a_form_has_breaks_no_field(exposed: Program) -> None:
-    """A file's name is taken without its folders; a type with a line break in it is none."""
+def test_odd_forms_do_not_break_header_fields(exposed: Program) -> None:
+    """Remove folders from file names, and ignore a type that contains a line break."""
     for name, status in (("../../up", 201), ("/etc/up2", 201), ("C:\\up3", 201), ("..", 400), ("../", 400),
                          (".u", 400), ("a\0", 400), ("a\nb", 400), ("x" * 256, 400)):  # fmt: skip
         answer = ask(exposed, "POST /artefacts/form", MULTIPART, body=form_of((name, b"1")))
@@ -2126,7 +2132,7 @@ def test_whatever_a_form_has_breaks_no_field(exposed: Program) -> None:
         body = form_of(("t", b"1"), fields=f"\r\nContent-Type: {type}")
         pushed = ask(exposed, "POST /artefacts/form/type", MULTIPART, body=body)
         if pushed.status != 201:
-            assert refused(pushed, type)
+            assert is_client_error(pushed, type)
             continue
         assert exposed.get("/artefacts/form/type").body == b"1", type
         ask(exposed, "DELETE /artefacts/form/type?versions")
@@ -2135,20 +2141,20 @@ def test_whatever_a_form_has_breaks_no_field(exposed: Program) -> None:
 # == Resources over HTTP: archives ================================================================
 
 
-def test_gnu_tar_reproduces_files_and_times(served: Served, tree_url: str, tmp_path: Path) -> None:
+def test_gnu_tar_reproduces_files_and_times(served: Program, tree_url: str, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     assert pipe(f"{tree_url}?format=tar", "tar -x -C tree", tmp_path).returncode == 0
-    assert stored(tmp_path, "tree") == TREE
-    kept, copied = (
+    assert tree(tmp_path / "tree") == TREE
+    original, copied = (
         [(artefact.id, artefact.version) for artefact in a.Repository(data).artefacts("tree")]
         for data in (served.data, tmp_path)
     )
-    assert kept == copied
-    assert kept[0] == ("0 empty", "20010909T014640.123457Z")
+    assert original == copied
+    assert original[0] == ("0 empty", "20010909T014640.123457Z")
 
 
 @pytest.mark.parametrize("prefix", ["", "1.0/", "none"])
-def test_python_reads_the_tar_and_prefix_narrows_it(tree_url: str, prefix: str) -> None:
+def test_python_reads_the_tar_filtered_by_prefix(tree_url: str, prefix: str) -> None:
     with urlopen(f"{tree_url}?format=tar&prefix={prefix}") as answer:
         archive = io.BytesIO(answer.read())
     assert len(archive.getbuffer()) % tarfile.BLOCKSIZE == 0
@@ -2158,21 +2164,21 @@ def test_python_reads_the_tar_and_prefix_narrows_it(tree_url: str, prefix: str) 
     assert found == {id: content for id, content in TREE.items() if id.startswith(prefix)}
 
 
-def test_a_large_tar_takes_no_memory(served: Served, tmp_path: Path) -> None:
+def test_large_tar_is_not_held_in_memory(served: Program, tmp_path: Path) -> None:
     (served.data / "sparse").mkdir()
     for name in ("a", "b"):
         with open(served.data / "sparse" / name, "wb") as file:
-            file.truncate(LARGE)
-    before = served.peak(anew=True)
+            file.truncate(LARGE_SIZE)
+    before = served.peak_memory(restart=True)
     assert pipe(f"{served.url}sparse?format=tar", "tar -t", tmp_path).stdout == "a\nb\n"
-    assert served.peak() - before < 64 * 1024 * 1024
+    assert served.peak_memory() - before < 64 * 1024 * 1024
 
 
-def test_a_tar_that_cannot_be_finished_does_not_look_finished(served: Served) -> None:
+def test_aborted_tar_does_not_look_complete(served: Program) -> None:
     file = served.data / "shrinks/a"
     file.parent.mkdir()
     file.touch()
-    os.truncate(file, LARGE)
+    os.truncate(file, LARGE_SIZE)
     with urlopen(f"{served.url}shrinks?format=tar") as answer:
         answer.read(1024)
         os.truncate(file, 1024)
@@ -2199,45 +2205,45 @@ def test_curl_uploads(curl: Callable[..., str], tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes() == large
 
 
-def test_curl_is_refused_before_it_sends(curl: Callable[..., str], tmp_path: Path) -> None:
-    """With `Expect`, which `-T` sends by itself from 1 MB on in every version."""
+def test_curl_gets_a_refusal_before_it_sends_the_body(curl: Callable[..., str], tmp_path: Path) -> None:
+    """Send `Expect`. Every version of curl sends it by itself with `-T` from 1 MB on."""
     (tmp_path / "large").write_bytes(bytes(2_000_000))
     with_expect = ("-H", "Expect: 100-continue", "-T", "large", *STATUS)
-    assert curl("-H", "If-None-Match: *", *with_expect, "@" + THERE) == "412 0"
-    assert curl("-X", "POST", *with_expect, "@" + THERE) == "409 0"
+    assert curl("-H", "If-None-Match: *", *with_expect, "@" + EXISTING) == "412 0"
+    assert curl("-X", "POST", *with_expect, "@" + EXISTING) == "409 0"
     assert curl(*with_expect, "@/artefacts/app/.hidden") == "400 0"
-    assert curl("-H", f"Content-Length: {MAX_SIZE + 1}", *with_expect, "@" + FRESH) == "413 0"
+    assert curl("-H", f"Content-Length: {MAX_SIZE + 1}", *with_expect, "@" + ABSENT) == "413 0"
     etag = sha256(bytes(2_000_000))
     assert curl(*with_expect, "@/artefacts/app/unchanged") == "201 2000000"
     assert curl("-H", f'If-None-Match: "{etag}"', *with_expect, "@/artefacts/app/unchanged") == "412 0"
 
 
-def test_curl_resumes(curl: Callable[..., str], tmp_path: Path, large: bytes) -> None:
+def test_curl_resumes_a_download(curl: Callable[..., str], tmp_path: Path, large: bytes) -> None:
     (tmp_path / "large").write_bytes(large[:1_000_000])
     curl("-C", "-", "-o", "large", "@/artefacts/app/large")
     assert (tmp_path / "large").read_bytes() == large
-    curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # finished: 416 with the length
+    curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # already complete: 416 with the length
     assert (tmp_path / "large").read_bytes() == large
-    # Resuming an upload would store a part of it.
+    # A resumed upload would store only its tail.
     assert curl("-C", "2", "-T", "f.txt", "@/artefacts/curl/part", *STATUS) == "400 0"
     assert curl("@/artefacts/curl/part", *STATUS) == "404 0"
 
 
-def test_curl_asks_whether_it_changed(curl: Callable[..., str], tmp_path: Path) -> None:
-    there = "@" + THERE
+def test_curl_revalidates_a_download(curl: Callable[..., str], tmp_path: Path) -> None:
+    url = "@" + EXISTING
     code = ("-o", "got", "-w", "%{http_code}")
-    assert curl("--etag-save", "etag", there, *code) == "200"
+    assert curl("--etag-save", "etag", url, *code) == "200"
     assert (tmp_path / "etag").read_text().strip() == f'"{sha256(b"there")}"'
-    assert curl("--etag-compare", "etag", there, *code) == "304"
-    assert curl("-R", there, *code) == "200"  # got bears the server's time
-    assert curl("-z", "got", there, *code) == "304"
-    assert curl("-z", "Thu, 01 Jan 1970 00:00:00 GMT", there, *code) == "200"
+    assert curl("--etag-compare", "etag", url, *code) == "304"
+    assert curl("-R", url, *code) == "200"  # -R gives "got" the time of Last-Modified
+    assert curl("-z", "got", url, *code) == "304"
+    assert curl("-z", "Thu, 01 Jan 1970 00:00:00 GMT", url, *code) == "200"
 
 
 @pytest.mark.parametrize("name", [
     "plain.tar.gz", "with space.txt", "quo'te.bin", "ünïcödé ✓.zip", "a;b=c.txt", "100%.txt", 'q"q.txt',
 ])  # fmt: skip
-def test_curl_saves_under_the_name(curl: Callable[..., str], tmp_path: Path, name: str) -> None:
+def test_curl_saves_under_the_artefact_name(curl: Callable[..., str], tmp_path: Path, name: str) -> None:
     assert curl("-T", "f.txt", f"@/artefacts/curl/below/{quote(name)}", *STATUS) == "201 6"
     before = set(os.listdir(tmp_path))
     curl("-OJ", f"@/artefacts/curl/below/{quote(name)}")
@@ -2247,19 +2253,19 @@ def test_curl_saves_under_the_name(curl: Callable[..., str], tmp_path: Path, nam
     assert (tmp_path / saved).read_bytes() == b"hello\n"
 
 
-def test_curl_looks_at_the_header(curl: Callable[..., str]) -> None:
-    told = curl("-I", "@" + THERE)
-    assert told.startswith("HTTP/1.1 200 OK\r\n")
-    assert told.endswith("\r\n\r\n")
-    assert f'\nETag: "{sha256(b"there")}"\r\n' in told
-    assert "\nContent-Length: 5\r\n" in told
+def test_curl_head_request(curl: Callable[..., str]) -> None:
+    header = curl("-I", "@" + EXISTING)
+    assert header.startswith("HTTP/1.1 200 OK\r\n")
+    assert header.endswith("\r\n\r\n")
+    assert f'\nETag: "{sha256(b"there")}"\r\n' in header
+    assert "\nContent-Length: 5\r\n" in header
     assert curl("-I", "@/artefacts/app", *STATUS) == "200 0"
 
 
 # == The page, and artefacts in a browser =========================================================
 
 
-def test_stored_active_content_can_run_nothing(exposed: Program) -> None:
+def test_stored_content_cannot_run_scripts(exposed: Program) -> None:
     for name, type in (
         ("p.html", "text/html; charset=utf-8"), ("p.svg", "image/svg+xml"), ("p.xml", "application/xml"),
         ("p.js", "text/javascript"), ("p.pdf", "application/pdf"), ("large", "text/html"), ("p", "text/xsl"),
@@ -2276,7 +2282,7 @@ def test_stored_active_content_can_run_nothing(exposed: Program) -> None:
 # == Access =======================================================================================
 
 
-def test_with_a_token_one_may_do_what_anybody_may(tmp_path: Path) -> None:
+def test_token_includes_the_anonymous_rights(tmp_path: Path) -> None:
     open_to_all = TOKENS.replace('read = ["public"]', 'read = ["public"], write = ["drop"]')
     client = client_of(fill(tmp_path / "data", "public"), open_to_all)
     for number, token in enumerate((None, READER, CI, IDLE, "unknown")):
@@ -2285,7 +2291,8 @@ def test_with_a_token_one_may_do_what_anybody_may(tmp_path: Path) -> None:
         assert simulate(client, f"PUT /artefacts/drop/{number}", *bearer(token)).status_code == 201
 
 
-MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all, who builds, without rights
+PERMISSIONS: list[tuple[str, int, int, int, int]] = [
+    # request; status without a token, with READER, with CI, with IDLE
     ("GET /", 303, 303, 303, 303), ("GET /artefacts", 200, 200, 200, 200),
     ("GET /artefacts/public/x", 200, 200, 200, 200), ("PUT /artefacts/public/n", 401, 403, 403, 403),
     ("POST /artefacts/public", 401, 403, 403, 403), ("DELETE /artefacts/public", 401, 403, 403, 403),
@@ -2308,14 +2315,14 @@ MAY: list[tuple[str, int, int, int, int]] = [  # request; nobody, who reads all,
 
 
 @pytest.mark.parametrize("base", ["/artefacts", "/artefact"])
-def test_who_may_do_what(tmp_path: Path, base: str) -> None:
+def test_permissions(tmp_path: Path, base: str) -> None:
     data = fill(tmp_path / "data", "public", "app-1", "secret")
     client = client_of(data, TOKENS, keep_versions=5)
     for token, shown in ((None, "public"), (READER, "app-1 public secret"), (CI, "app-1 public")):
         listed = simulate(client, f"GET {base}", *bearer(token)).json["directories"]
         assert [entry["directory"] for entry in listed] == shown.split()
-    for line, *statuses in MAY:
-        # who is refused asks first: what he asks for is still there
+    for line, *statuses in PERMISSIONS:
+        # refused requests come first, while the target still exists
         for status, token in sorted(zip(statuses, ("", READER, CI, IDLE), strict=True), reverse=True):
             before = tree(data)
             result = simulate(client, line.replace("/artefacts", base), *bearer(token or None))
@@ -2327,7 +2334,7 @@ def test_who_may_do_what(tmp_path: Path, base: str) -> None:
                 assert result.headers["Cache-Control"].startswith("private, ")
 
 
-CREDENTIALS: dict[int, list[str]] = {  # the status of a GET that needs a token; values of Authorization
+CREDENTIALS: dict[int, list[str]] = {  # status of a GET that needs a token: values of Authorization
     200: [f"Bearer {CI}", f"bearer {CI}", f"BEARER {CI}", basic(CI), basic(CI, ""), basic(CI, "naïve"),
           basic(COLON), basic(CI).replace("B", "b", 1)],
     403: [f"Bearer {IDLE}", basic(IDLE)],
@@ -2356,7 +2363,7 @@ def test_credentials(guarded: Program) -> None:
                 assert all(part in challenge for part in ('Basic realm="', 'charset="UTF-8"', "Bearer"))
 
 
-def test_the_log_names_the_token_and_never_its_value(guarded: Program) -> None:
+def test_log_shows_the_token_name_but_not_its_value(guarded: Program) -> None:
     for directory, value in (("app-1", f"Bearer {CI}"), ("secret", basic(CI)), ("app-1", "Bearer not-known")):
         ask(guarded, f"GET /artefacts/{directory}/logged", f"Authorization: {value}")
     eventually(lambda: guarded.log.read_text().count("/logged") == 3)
@@ -2366,8 +2373,8 @@ def test_the_log_names_the_token_and_never_its_value(guarded: Program) -> None:
     assert not [secret for secret in (CI, READER, "not-known", DIGESTS[1], basic(CI)[6:]) if secret in log]
 
 
-def test_whether_it_exists_is_not_told_to_who_may_not_read_it(tmp_path: Path) -> None:
-    """Existing or not, allowed as a name or not, whatever the preconditions: one and the same answer."""
+def test_existence_is_not_revealed_without_read_access(tmp_path: Path) -> None:
+    """Get the same response for existing, missing and invalid names, with any precondition."""
     client, etag = client_of(fill(tmp_path / "data", "public", "secret"), TOKENS), sha256(V2.encode())
     conditions: tuple[list[str], ...] = (
         [], [f'If-None-Match: "{etag}"'], [f'If-Match: "{etag}"'], ["If-None-Match: *"],
@@ -2390,8 +2397,8 @@ def test_whether_it_exists_is_not_told_to_who_may_not_read_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("announced", ["Content-Length: 5000000", CHUNKED])
-def test_a_refused_upload_is_neither_awaited_nor_stored(guarded: Program, announced: str) -> None:
-    """The body is announced and never sent; the answer comes all the same, and no 100 before it."""
+def test_refused_upload_is_not_awaited_or_stored(guarded: Program, announced: str) -> None:
+    """Announce a body and never send it: the refusal comes anyway, without a 100 before it."""
     for line, token, status in (
         ("PUT secret/n", None, 401), ("POST secret/n", None, 401), ("POST secret", None, 401),
         ("PUT secret/n", "x", 401), ("DELETE secret", None, 401), ("PUT secret/x", CI, 403),
@@ -2407,14 +2414,14 @@ def test_a_refused_upload_is_neither_awaited_nor_stored(guarded: Program, announ
                 assert guarded.incoming() == [], line
 
 
-def test_who_may_not_write_is_refused_instead_of_the_body(tmp_path: Path) -> None:
+def test_upload_without_rights_is_refused_before_its_body(tmp_path: Path) -> None:
     config, token = tmp_path / "config.toml", "a-token-that-nobody-guesses"
     config.write_text(f'[[token]]\nname = "ci"\nsha256 = "{sha256(token.encode())}"\nwrite = ["nightly"]\n')
-    basic = base64.b64encode(f"anyone:{token}".encode()).decode()
     with Program(tmp_path / "data", "--config", str(config)) as program:
         for directory, field, status in (
             ("nightly", "X: y", 401), ("nightly", "Authorization: Bearer wrong", 401),
-            ("nightly", f"Authorization: Basic A{basic}", 401), ("app", f"Authorization: Basic {basic}", 403),
+            ("nightly", f"Authorization: Basic A{basic(token)[6:]}", 401),
+            ("app", f"Authorization: {basic(token)}", 403),
         ):  # fmt: skip
             for announced in ("Content-Length: 5000000", CHUNKED):
                 path = f"/artefacts/{directory}/x"
@@ -2422,7 +2429,7 @@ def test_who_may_not_write_is_refused_instead_of_the_body(tmp_path: Path) -> Non
                 assert answer.is_problem(status)
                 assert ("WWW-Authenticate" in answer.headers) == (status == 401)
         assert program.ask(put("/artefacts/nightly/x", b"1", f"Authorization: Bearer {token}")).status == 201
-        assert program.ask(put("/artefacts/nightly/x", b"2", f"Authorization: Basic {basic}")).status == 200
+        assert program.ask(put("/artefacts/nightly/x", b"2", f"Authorization: {basic(token)}")).status == 200
         assert os.listdir(program.data / "nightly") == ["x"]
     log = program.log.read_text()
     assert "127.0.0.1 - ci [" in log
@@ -2433,19 +2440,19 @@ def test_who_may_not_write_is_refused_instead_of_the_body(tmp_path: Path) -> Non
     ("", "GET public"), ("", "GET public/x?versions"), ("", "GET public/x?at=2024-01-02"),
     ("", "OPTIONS public"), ("GET", "PUT secret/n"), ("DELETE", "POST secret"),
 ])  # fmt: skip
-def test_who_may_not_write_fills_no_disk(guarded: Program, before: str, line: str) -> None:
-    """Not with the body of a request that has no use for one, nor with an upload right behind a request."""
+def test_client_without_rights_cannot_fill_the_disk(guarded: Program, before: str, line: str) -> None:
+    """Send a body with a request that does not use one, and a pipelined upload."""
     method, path = line.split(" ")
     with guarded.connect() as connection, contextlib.suppress(ConnectionError):
         connection.send(head(before, "/artefacts/public") if before else b"")
         connection.send(head(method, f"/artefacts/{path}", CHUNKED))
-        for _ in range(30):  # more than a connection's buffers hold: most of it has then been received
+        for _ in range(30):  # more than the socket buffers hold, so that the server has received most of it
             connection.send(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
         staged = (guarded.data / ".incoming").iterdir()
         assert sum(file.stat().st_size for file in staged) <= 1 << 20
 
 
-def test_what_is_written_once_stays(tmp_path: Path) -> None:
+def test_write_once_artefacts_cannot_be_changed(tmp_path: Path) -> None:
     data = fill(tmp_path / "data", "releases-1", "other")
     client = client_of(data, 'directory = [{name = "releases*", write_once = true}]', keep_versions=2)
     before, once = tree(data), "/artefacts/releases-1"
@@ -2471,13 +2478,13 @@ def test_what_is_written_once_stays(tmp_path: Path) -> None:
         assert simulate(client, line.replace(" ", " /artefacts/"), body=b"2").status_code < 300
 
 
-def test_the_first_rule_that_matches_decides_key_by_key(tmp_path: Path) -> None:
+def test_first_matching_rule_decides_each_key(tmp_path: Path) -> None:
     config = """directory = [
         {name = "open-*", write_once = false}, {name = "*-all", keep_versions = "all", max_size = "1 kB"},
         {name = "[!x]*-*", write_once = true, keep_versions = 1, max_size = 100},
         {name = "open-late", write_once = true, max_size = 1}]"""
     client = client_of(tmp_path / "data", config, keep_versions=2, max_size=10)
-    for directory, replaced, kept, largest in (
+    for directory, replaced, keep, largest in (
         ("open-1", 200, 1, 100), ("open-all", 200, 4, 1000), ("a-all", 409, 0, 1000),
         ("open-late", 200, 1, 100), ("a-b", 409, 0, 100), ("plain", 200, 2, 10), ("x-1", 200, 2, 10),
         ("OPEN-1", 409, 0, 100),
@@ -2485,12 +2492,12 @@ def test_the_first_rule_that_matches_decides_key_by_key(tmp_path: Path) -> None:
         path = f"/artefacts/{directory}/x"
         statuses = {simulate(client, f"PUT {path}", body=b"%d" % number).status_code for number in range(5)}
         assert statuses == {201, replaced}, directory
-        assert len(simulate(client, f"GET {path}?versions").json["versions"]) == kept + 1, directory
+        assert len(simulate(client, f"GET {path}?versions").json["versions"]) == keep + 1, directory
         for size, status in ((largest, 201), (largest + 1, 413)):
             assert simulate(client, f"PUT {path}-{size}", body=bytes(size)).status_code == status, directory
 
 
-def test_too_large_for_its_directory(guarded: Program) -> None:
+def test_max_size_of_a_directory(guarded: Program) -> None:
     eleven, before, folder = b"12345678901", tree(guarded.data), "/artefacts/app-1"
     n, token = folder + "/n", bearer(CI)[0]
     for request in (
@@ -2510,20 +2517,24 @@ def test_too_large_for_its_directory(guarded: Program) -> None:
     assert ask(guarded, "PUT /artefacts/nightly/n", token, body=bytes(3_000_000)).status == 201
 
 
-T, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
-MISTAKES: list[tuple[str, str]] = [  # a --config file; the place that the one line names
+TOKEN, KEY = '[[token]]\nname = "t"\n', f'sha256 = "{DIGESTS[0]}"\n'
+MISTAKES: list[tuple[str, str]] = [  # a config file, and the place that the error line names
     ('read = ["*"]', "read"), ("[anonymos]\nread = []", "anonymos"), ('"a\\nb" = 1', "a"),
     ("[anonymous.x]", "x"), ('[anonymous]\nreads = ["*"]', "reads"), ('[anonymous]\nname = "x"', "name"),
     ("anonymous = 1", "anonymous"), ('[anonymous]\nread = "*"', "anonymous"),
     ("[anonymous]\nread = [1]", "anonymous"), ("[directory]", "directory"),
-    ("[[anonymous]]\nread = []", "anonymous"), (T + KEY + "wirte = []", "wirte"),
-    ('[token]\nname = "t"', "token"), (f"[[token]]\n{KEY}", "name"), (T, "sha256"),
+    ("[[anonymous]]\nread = []", "anonymous"), (TOKEN + KEY + "wirte = []", "wirte"),
+    ('[token]\nname = "t"', "token"), (f"[[token]]\n{KEY}", "name"), (TOKEN, "sha256"),
     (f'[[token]]\nname = ""\n{KEY}', "token"), ("token = 1", "token"),
-    (f"[[token]]\nname = 5\n{KEY}", "token"), (T + 'sha256 = ""', "token"), (T + "sha256 = 1", "token"),
-    (T + KEY + '[[token]]\nname = "u"\nsha256 = "0"', "2"), (f'{T}sha256 = "{"g" * 64}"', "token"),
-    (T + KEY + "read = {}", "token"), (T + KEY + 'write = [["*"]]', "token"), ("[[token]]\n[[token]]", "1"),
-    (T + KEY + T + f'sha256 = "{DIGESTS[1]}"', "same"), (T + KEY + f'[[token]]\nname = "u"\n{KEY}', "same"),
-    (f'{T}sha256 = "{sha256(b"")}"', "token"), ("[[directory]]\nwrite_once = true", "name"),
+    (f"[[token]]\nname = 5\n{KEY}", "token"), (TOKEN + 'sha256 = ""', "token"),
+    (TOKEN + "sha256 = 1", "token"),
+    (TOKEN + KEY + '[[token]]\nname = "u"\nsha256 = "0"', "2"),
+    (f'{TOKEN}sha256 = "{"g" * 64}"', "token"),
+    (TOKEN + KEY + "read = {}", "token"), (TOKEN + KEY + 'write = [["*"]]', "token"),
+    ("[[token]]\n[[token]]", "1"),
+    (TOKEN + KEY + TOKEN + f'sha256 = "{DIGESTS[1]}"', "same"),
+    (TOKEN + KEY + f'[[token]]\nname = "u"\n{KEY}', "same"),
+    (f'{TOKEN}sha256 = "{sha256(b"")}"', "token"), ("[[directory]]\nwrite_once = true", "name"),
     *((f'[[directory]]\nname = "a"\n[[directory]]\nname = "b"\n{line}', "2") for line in (
         'write_once = "yes"', "write_once = 1", "keep_versions = -1", 'keep_versions = "some"',
         "keep_versions = true", "keep_versions = 1.5", "max_size = -1", "max_size = true",
@@ -2535,34 +2546,35 @@ MISTAKES: list[tuple[str, str]] = [  # a --config file; the place that the one l
 ]  # fmt: skip
 
 
-def test_a_mistake_in_the_config_file_ends_the_start(
+def test_mistake_in_the_config_file_stops_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, data = tmp_path / "c.toml", tmp_path / "data"
     for text, place in MISTAKES:
         file.write_bytes(text.encode(errors="surrogateescape"))
-        told = fault(capsys, f"--config={file}", f"--data={data}")
-        assert str(file) in told and place in told.replace(str(file), ""), (text[:200], told)
+        message = start_error(capsys, f"--config={file}", f"--data={data}")
+        assert str(file) in message and place in message.replace(str(file), ""), (text[:200], message)
         with pytest.raises(ValueError, match=r"c\.toml"):
             a.create_app(data, config=file)
-    file.write_text(T + f'sha256 = "{CI}"')  # the token itself, in the place of its digest
-    assert CI not in fault(capsys, f"--config={file}")
+    file.write_text(TOKEN + f'sha256 = "{CI}"')  # not its digest
+    assert CI not in start_error(capsys, f"--config={file}")
     file.chmod(0)
-    for unreadable in (tmp_path / "missing", tmp_path, *([file] if os.geteuid() else [])):  # root reads all
-        assert str(unreadable) in fault(capsys, f"--config={unreadable}", f"--data={data}")
+    closed = [file] if os.geteuid() else []  # root can read every file
+    for unreadable in (tmp_path / "missing", tmp_path, *closed):
+        assert str(unreadable) in start_error(capsys, f"--config={unreadable}", f"--data={data}")
     assert not data.exists()
 
 
 @pytest.mark.parametrize("name", ["ci", 'quo"te\\', "ünï", "🎉", "a = 1 # b", "\x7f", "two\nlines", ""])
-def test_a_new_token_works_when_its_lines_are_pasted(
+def test_new_token_works_when_its_lines_are_pasted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     status = a.main(["--new-token", name])
-    told = capsys.readouterr()
-    if status != 0:  # what cannot be a name is refused
-        assert (status, told.out, told.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
+    shown = capsys.readouterr()
+    if status != 0:  # an invalid name is refused
+        assert (status, shown.out, shown.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
         return
-    token, _, lines = told.out.partition("\n")
+    token, _, lines = shown.out.partition("\n")
     assert len(token) >= 32 and token not in lines
     client = client_of(fill(tmp_path / "data", "app"), lines)
     assert simulate(client, "GET /artefacts/app/x").status_code == 401
@@ -2570,7 +2582,7 @@ def test_a_new_token_works_when_its_lines_are_pasted(
     assert simulate(client, "GET /artefacts/app/x", f"Authorization: {basic(token)}").content == b"1"
 
 
-def test_the_network_is_served_with_tokens_or_when_told_to(
+def test_network_address_needs_tokens_or_open(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens, rules, data = tmp_path / "tokens", tmp_path / "rules", f"--data={tmp_path / 'data'}"
@@ -2578,7 +2590,7 @@ def test_the_network_is_served_with_tokens_or_when_told_to(
     rules.write_text('[anonymous]\nread = ["*"]\n')
     for host in ("0.0.0.0", "::", "", "192.0.2.1", "128.0.0.1", "localhost.example"):
         for config in ([], [f"--config={rules}"]):
-            assert "--open" in fault(capsys, data, f"--host={host}", *config)
+            assert "--open" in start_error(capsys, data, f"--host={host}", *config)
     for option in (f"--config={tokens}", "--open"):
         command = [sys.executable, str(PROGRAM), "--host=0.0.0.0", "--port=0", "--quiet", data, option]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -2590,8 +2602,8 @@ def test_the_network_is_served_with_tokens_or_when_told_to(
             process.terminate()
 
 
-def test_the_host_in_the_target_goes_before_the_field(exposed: Program) -> None:
-    """RFC 9112 §3.2.2"""
+def test_host_in_the_target_overrides_the_host_field(exposed: Program) -> None:
+    """Check RFC 9112 §3.2.2."""
     for host, other, status in ("localhost", "evil.example", 403), ("evil.example", "localhost", 303):
         request = f"GET http://{other}/ HTTP/1.1\r\nHost: {host}\r\n\r\n"
         assert exposed.ask(request.encode()).status == status
@@ -2618,7 +2630,7 @@ HOSTS: dict[tuple[int, ...], list[str]] = {
 }  # fmt: skip
 
 
-def test_host(exposed: Program, guarded: Program) -> None:
+def test_host_field(exposed: Program, guarded: Program) -> None:
     def status(program: Program, line: str, fields: str = "", version: str = "1.1") -> int:
         request = f"{line} HTTP/{version}\r\n{fields}Content-Length: 0\r\n\r\n".encode("latin-1")
         answer = program.ask(request)
@@ -2628,7 +2640,7 @@ def test_host(exposed: Program, guarded: Program) -> None:
         for field in (f"Host: {host}\r\n" for host in hosts):
             assert status(exposed, "GET /artefacts/app/x", field) in statuses, field[:80]
             assert status(exposed, "PUT /artefacts/host/x", field) in statuses, field[:80]
-            # with tokens every name will do, but it must be one
+            # with tokens any host name is accepted, but it must be valid
             expected = (400,) if statuses == (400,) else (200,) if statuses != (400, 403) else (200, 400)
             assert status(guarded, "GET /artefacts/public/x", field) in expected, field[:80]
     assert status(exposed, "GET /artefacts/app/x") == status(guarded, "GET /artefacts/public/x") == 400
@@ -2637,10 +2649,10 @@ def test_host(exposed: Program, guarded: Program) -> None:
     assert status(exposed, "PUT /artefacts/host/x", "Origin: null\r\n", version="1.0") == 403
 
 
-OWN = ["X: y", "Origin: http://localhost", "Origin: HTTPS://LocalHost", "Sec-Fetch-Site: same-origin",
+OWN_ORIGINS = ["X: y", "Origin: http://localhost", "Origin: HTTPS://LocalHost", "Sec-Fetch-Site: same-origin",
        "Sec-Fetch-Site: none", "Sec-Fetch-Site: same-origin\r\nOrigin: http://localhost",
        "Referer: http://example.org/"]  # fmt: skip
-FOREIGN = [
+FOREIGN_ORIGINS = [
     *(f"Origin: {origin}" for origin in (
         "http://example.org", "null", "", "localhost", "http://", "http://localhost:81",
         "http://localhost.example.org", "http://example.org/http://localhost", "http://127.0.0.1", "file://",
@@ -2655,9 +2667,9 @@ FOREIGN = [
 ]  # fmt: skip
 
 
-def test_another_sites_page_may_change_nothing(exposed: Program) -> None:
+def test_page_of_another_site_cannot_change_anything(exposed: Program) -> None:
     before = tree(exposed.data)
-    for field in FOREIGN:
+    for field in FOREIGN_ORIGINS:
         for line in ("GET app/x", "HEAD app/x", "OPTIONS app/x", "GET app", "GET "):
             assert ask(exposed, line.replace(" ", " /artefacts/"), field).status == 200
         for line in (
@@ -2667,9 +2679,10 @@ def test_another_sites_page_may_change_nothing(exposed: Program) -> None:
             line = line.replace(" ", " /artefacts/")
             assert ask(exposed, line, field, MULTIPART, body=form_of(("n", b"1"))).is_problem(403), field
     assert tree(exposed.data) == before
-    preflight = ask(exposed, "OPTIONS /artefacts/app/x", FOREIGN[0], "Access-Control-Request-Method: PUT")
+    fields = FOREIGN_ORIGINS[0], "Access-Control-Request-Method: PUT"
+    preflight = ask(exposed, "OPTIONS /artefacts/app/x", *fields)
     assert not [name for name in preflight.headers if name.lower().startswith("access-control")]
-    for field in OWN:
+    for field in OWN_ORIGINS:
         assert ask(exposed, "PUT /artefacts/own/x", field).status in (200, 201), field
     request = put("/artefacts/own/x", b"", "Origin: http://artefacts.example:81")
     for host, status in ((b"artefacts.example:81", 200), (b"artefacts.example", 403)):
@@ -2679,7 +2692,7 @@ def test_another_sites_page_may_change_nothing(exposed: Program) -> None:
 # == Errors =======================================================================================
 
 PUT_N, PUT_X = "PUT /app/n", "PUT /app/x.txt"
-PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part of the detail, fields, requests
+PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part of detail, fields, requests
     (404, "none", {}, [
         "GET /none", "DELETE /none", "GET /app/none", "DELETE /app/none", "GET /app/none?versions",
         "DELETE /app/none?versions", "GET /app/x.txt?version=none", "DELETE /app/x.txt?version=none",
@@ -2734,7 +2747,7 @@ PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part o
     ("status", "word", "fields", "line"),
     [(status, word, fields, line) for status, word, fields, lines in PROBLEMS for line in lines],
 )
-def test_problem(
+def test_problem_details(
     data: Path, client: testing.TestClient, status: int, word: str, fields: dict[str, str], line: str
 ) -> None:
     result = call(client, line.replace(" /", " /artefacts/", 1), headers=fields)
@@ -2744,10 +2757,10 @@ def test_problem(
     assert ("Allow" in result.headers) == (status == 405)
     assert result.headers.get("Content-Range") == ("bytes */3" if status == 416 else None)
     assert str(data) not in result.text and "Traceback" not in result.text and "Errno" not in result.text
-    assert tree(data) == BEFORE
+    assert tree(data) == INITIAL
 
 
-def test_no_answer_tells_a_path_of_the_disk(data: Path, client: testing.TestClient) -> None:
+def test_responses_do_not_reveal_server_paths(data: Path, client: testing.TestClient) -> None:
     (data / "app/link").symlink_to(data)
     (data / ".locks").mkdir(exist_ok=True)
     (data / ".locks/app").symlink_to(data)
@@ -2763,7 +2776,7 @@ def test_no_answer_tells_a_path_of_the_disk(data: Path, client: testing.TestClie
     assert call(client, "GET /artefacts/app/x.txt").content == b"two"
 
 
-ODD = [
+ODD_VALUES = [
     "", " ", "*", '"', "W/", "\xff\xfe", "a" * 9000, "0", "-1", "9" * 400, "bytes=--", "Sun, 99 Foo",
     ";,==", "\t", "%00",
 ]  # fmt: skip
@@ -2775,9 +2788,9 @@ FIELDS = (
 PARAMETERS = ("after", "at", "format", "limit", "prefix", "restore", "version", "versions")
 
 
-def test_nothing_that_a_client_sends_is_the_servers_error(client: testing.TestClient) -> None:
+def test_client_input_never_causes_a_server_error(client: testing.TestClient) -> None:
     paths, methods = ("", "/app", "/app/x.txt", "/app/n"), ("GET", "PUT", "POST", "DELETE")
-    for path, odd, method in itertools.product(paths, ODD, methods):
+    for path, odd, method in itertools.product(paths, ODD_VALUES, methods):
         for field in FIELDS:
             status = call(client, f"{method} /artefacts{path}", headers={field: odd}).status_code
             assert status < 500, (method, path, field, odd)
@@ -2786,28 +2799,28 @@ def test_nothing_that_a_client_sends_is_the_servers_error(client: testing.TestCl
             assert status < 500, (method, path, name, odd)
 
 
-def test_what_may_not_be_read_or_removed(data: Path) -> None:
-    drop(data / "app/closed", b"closed", T1)
-    drop(data / "app/open", b"open", T2)
-    drop(data / "old/pkg/mod/go.mod", b"module")
+def test_files_that_cannot_be_read_or_removed(data: Path) -> None:
+    add_file(data / "app/closed", b"closed", T1)
+    add_file(data / "app/open", b"open", T2)
+    add_file(data / "old/pkg/mod/go.mod", b"module")
     (data / "old/pkg/mod").chmod(0o555)
     (data / "app/closed").chmod(0)
     logged = r"artefacts: [A-Z]+ /artefacts/app\S*: .*Permission denied.*"
     with Program(data, before=without_privileges(), logged=logged) as program:
-        closed, there = json.loads(program.get("/artefacts/app").body)["artefacts"]
-        assert (closed["size"], closed["sha256"], closed["version"], there["id"]) == (6, None, T1, "open")
+        closed, readable = json.loads(program.get("/artefacts/app").body)["artefacts"]
+        assert (closed["size"], closed["sha256"], closed["version"], readable["id"]) == (6, None, T1, "open")
         assert program.get("/artefacts/app/open").body == b"open"
         for target in "/closed", "?format=sha256sums":
             assert program.get(f"/artefacts/app{target}").is_problem(500)
-        assert program.ask(put("/artefacts/app/closed", b"new")).status == 500  # what is current is not known
+        assert program.ask(put("/artefacts/app/closed", b"new")).status == 500  # unreadable
         assert program.ask(head("DELETE", "/artefacts/old")).status == 204
         assert not (data / "old").exists() and os.listdir(data / ".trash") == []
 
 
-def test_what_another_program_has_leased_is_told_of(tmp_path: Path) -> None:
+def test_leased_file_gets_503(tmp_path: Path) -> None:
     path, data = "/artefacts/app/leased", tmp_path / "data"
-    drop(data / "app/leased", b"1")
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # which the kernel sends to who has the lease
+    add_file(data / "app/leased", b"1")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent by the kernel to the holder of the lease
     try:
         with Program(data, logged=r"artefacts: (PUT|GET) .*Errno 11.*") as program:
             with open(data / "app/leased", "rb+") as file:
@@ -2825,7 +2838,7 @@ def test_what_another_program_has_leased_is_told_of(tmp_path: Path) -> None:
 # == The application ==============================================================================
 
 
-def test_importing_it_does_nothing(tmp_path: Path) -> None:
+def test_import_has_no_side_effects(tmp_path: Path) -> None:
     code = (
         "import sys; sys.dont_write_bytecode = True\n" + IMPORT + "import logging, os, signal, threading\n"
         "assert os.listdir() == [] and threading.active_count() == 1 and not logging.root.handlers\n"
@@ -2837,7 +2850,7 @@ def test_importing_it_does_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_the_root(client: testing.TestClient) -> None:
+def test_root_redirects_to_the_listing(client: testing.TestClient) -> None:
     assert call(client, "GET /nowhere").status_code == 404 and call(client, "PUT /").status_code == 405
     for method, prefix in itertools.product(("GET", "HEAD"), ("", "/repo", "/a b")):
         result = call(client, f"{method} /", root_path=prefix)
@@ -2845,9 +2858,9 @@ def test_the_root(client: testing.TestClient) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "/repo", "/dé pôt"])
-def test_a_listing_in_pages_where_the_app_is_mounted(client: testing.TestClient, prefix: str) -> None:
+def test_paged_listing_of_a_mounted_application(client: testing.TestClient, prefix: str) -> None:
     ids, base = [f"p&{n} +é" for n in range(5)], quote(prefix)
-    mounted = prefix.encode().decode("latin-1")  # PEP 3333
+    mounted = prefix.encode().decode("latin-1")  # the form of SCRIPT_NAME in PEP 3333
     for id in ids:
         result = call(client, f"PUT {a.href('', 'app', id)}", root_path=mounted)
         assert result.headers["Location"] == result.json["href"] == a.href(base, "app", id)
@@ -2861,7 +2874,7 @@ def test_a_listing_in_pages_where_the_app_is_mounted(client: testing.TestClient,
     assert (found, pages) == (ids, 3)
 
 
-def test_behind_a_stack_that_authenticates_by_itself_none_of_it_is_in_the_way(tmp_path: Path) -> None:
+def test_embedded_application_leaves_authentication_to_its_host(tmp_path: Path) -> None:
     client = testing.TestClient(a.create_app(fill(tmp_path / "data", "app")))
     for value in (basic("of the other stack"), "Bearer ey.J.0", "Negotiate YII=", "nonsense"):
         for host in ("artefacts.example", "10.0.0.7:8443"):
@@ -2874,31 +2887,32 @@ def test_behind_a_stack_that_authenticates_by_itself_none_of_it_is_in_the_way(tm
 # == Connections: raw sockets =====================================================================
 
 
-def test_a_connection_stays_open_after_every_request_that_was_read_to_its_end(program: Program) -> None:
+def test_connection_stays_open_after_every_complete_request(program: Program) -> None:
     etag, path = f'"{sha256(b"there")}"', "/artefacts/app/open"
     requests = [
         (put(path, b"1"), 201), (put(path, b"1"), 200), (put(path, b"1", method="POST"), 409),
         (put(path, b"2", 'If-Match: "0"'), 412), (put(path, b"2", "Content-Range: bytes 0-0/9"), 400),
         (head("PUT", path, "Transfer-Encoding: chunked") + pieces(b"3", 1), 200), (head("GET", path), 200),
         (head("HEAD", path), 200), (head("DELETE", path), 204), (head("DELETE", path), 404),
-        (head("GET", THERE, f"If-None-Match: {etag}"), 304), (head("GET", THERE, 'If-Match: "0"'), 412),
-        (head("GET", THERE, "Range: bytes=9-"), 416), (head("GET", THERE, "Range: bytes=0-1"), 206),
-        (head("OPTIONS", THERE), 200), (head("PATCH", THERE), 405), (head("GET", "/artefacts/.app"), 400),
-        (head("HEAD", path), 404), (head("GET", "/"), 303), (head("GET", "/else"), 404),
-        (b"\r\n" + head("GET", THERE), 200),
+        (head("GET", EXISTING, f"If-None-Match: {etag}"), 304), (head("GET", EXISTING, 'If-Match: "0"'), 412),
+        (head("GET", EXISTING, "Range: bytes=9-"), 416), (head("GET", EXISTING, "Range: bytes=0-1"), 206),
+        (head("OPTIONS", EXISTING), 200), (head("PATCH", EXISTING), 405),
+        (head("GET", "/artefacts/.app"), 400), (head("HEAD", path), 404), (head("GET", "/"), 303),
+        (head("GET", "/else"), 404),
+        (b"\r\n" + head("GET", EXISTING), 200),
     ]  # fmt: skip
     with program.connect() as connection:
         for request, status in requests:
             answer = connection.ask(request)
             assert answer.status == status, request
             assert answer.headers.get("Connection", "keep-alive").lower() == "keep-alive", request
-    for last in (head("GET", THERE, "Connection: close"), head("GET", THERE, version="1.0")):
+    for last in (head("GET", EXISTING, "Connection: close"), head("GET", EXISTING, version="1.0")):
         with program.connect() as connection:
             assert connection.ask(last).body == b"there"
             assert connection.ends()
 
 
-def test_pipelined_requests_are_performed_and_answered_in_order(program: Program, large: bytes) -> None:
+def test_pipelined_requests_run_in_order(program: Program, large: bytes) -> None:
     path = "/artefacts/app/pipelined"
     requests = [
         put(path, b"1"), head("GET", path), put(path, b"22"), head("GET", "/artefacts/app/large"),
@@ -2913,7 +2927,7 @@ def test_pipelined_requests_are_performed_and_answered_in_order(program: Program
     assert answers[3].body == large
 
 
-def test_pipelined_fetches_of_more_than_is_buffered_hold_nobody_up(tmp_path: Path) -> None:
+def test_pipelined_large_fetches_do_not_block_other_clients(tmp_path: Path) -> None:
     path, content = "/artefacts/app/large", bytes(20 << 20)
     with Program(tmp_path / "data") as program:
         assert program.ask(put(path, content)).status == 201
@@ -2923,8 +2937,8 @@ def test_pipelined_fetches_of_more_than_is_buffered_hold_nobody_up(tmp_path: Pat
             assert [connection.answer().body == content for _ in range(3)] == [True] * 3
 
 
-def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Program) -> None:
-    """Its body comes late: what is decided on its header alone must not run ahead of the DELETE."""
+def test_pipelined_request_sees_the_effect_of_earlier_requests(program: Program) -> None:
+    """Send the body late: a decision from the header alone must wait for the DELETE before it."""
     path = "/artefacts/app/late"
     program.ask(put(path, b"1"))
     with program.connect() as connection:
@@ -2935,37 +2949,38 @@ def test_a_pipelined_request_is_decided_on_what_those_before_it_did(program: Pro
 
 
 @pytest.mark.parametrize("last", [
-    head("GET", THERE, "Connection: close"), head("GET", THERE + "?versions", "Connection: close"),
-    head("GET", THERE, version="1.0"), b"nonsense\r\n\r\n",
-    head("GET", THERE, "Connection: TE, close"), head("GET", THERE, "Connection: Close", "Connection: x"),
-    put(THERE, b"another", "Connection: close", "If-None-Match: *"),
-    put(THERE, b"there", "Connection: close"),
+    head("GET", EXISTING, "Connection: close"), head("GET", EXISTING + "?versions", "Connection: close"),
+    head("GET", EXISTING, version="1.0"), b"nonsense\r\n\r\n",
+    head("GET", EXISTING, "Connection: TE, close"),
+    head("GET", EXISTING, "Connection: Close", "Connection: x"),
+    put(EXISTING, b"another", "Connection: close", "If-None-Match: *"),
+    put(EXISTING, b"there", "Connection: close"),
 ])  # fmt: skip
-def test_nothing_is_done_of_what_follows_the_last_request(program: Program, last: bytes) -> None:
+def test_bytes_after_the_last_request_are_ignored(program: Program, last: bytes) -> None:
     with program.connect() as connection:
-        answer = connection.send(last + head("DELETE", THERE)).answer()
+        answer = connection.send(last + head("DELETE", EXISTING)).answer()
         assert answer.headers["Connection"] == "close" and connection.ends()
-    assert program.get(THERE).body == b"there"
+    assert program.get(EXISTING).body == b"there"
 
 
-def test_the_last_answer_arrives_whole_whatever_follows_it(program: Program, large: bytes) -> None:
-    for behind in (b"\r\n", head("DELETE", "/artefacts/app/large")):
+def test_last_response_is_complete_even_if_more_bytes_follow(program: Program, large: bytes) -> None:
+    for following in (b"\r\n", head("DELETE", "/artefacts/app/large")):
         with program.connect(receive_buffer=4096) as connection:
             connection.send(head("GET", "/artefacts/app/large", "Connection: close"))
             assert connection.file.peek(1)
-            connection.send(behind)
+            connection.send(following)
             assert connection.answer().body == large
             assert connection.ends()
 
 
-def test_a_request_may_arrive_in_any_pieces(program: Program) -> None:
+def test_request_may_arrive_in_any_pieces(program: Program) -> None:
     body = bytes(range(20))
     request = head("PUT", "/artefacts/app/pieces", "Transfer-Encoding: chunked") + pieces(body, 6)
     with program.connect() as connection:
         for cut in range(1, len(request)):
-            # One send carries the request before it and the first part: its answer proves that
-            # the server has received that part and nothing of the second.
-            assert connection.ask(head("GET", THERE) + request[:cut]).body == b"there"
+            # One send carries a whole request and the first part. The response to the request proves
+            # that the server has received the first part and nothing of the second.
+            assert connection.ask(head("GET", EXISTING) + request[:cut]).body == b"there"
             answer = connection.send(request[cut:]).answer()
             assert json.loads(answer.body)["sha256"] == sha256(body), cut
         for byte in request:
@@ -2975,7 +2990,7 @@ def test_a_request_may_arrive_in_any_pieces(program: Program) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_chunks_are_told_apart_however_they_arrive(size: int) -> None:
+def test_chunked_body_is_decoded_from_any_pieces(size: int) -> None:
     body = b"5;a=b\r\nhello\r\n01\r\n\r\r\n0A\r\n0\r\n\r\n0\r\n\r\n\r\n0;x\r\nX: y\r\nZ: \r\n\r\n"
     chunks, content, received = a.Chunks(), b"", b""
     for start in range(0, len(body), size):
@@ -2990,15 +3005,15 @@ def test_chunks_are_told_apart_however_they_arrive(size: int) -> None:
     b"5\r\nhelloX", b"5\r\nhello\rX", b"5\rX", b"0\r\n\n", b"5;" + b"x" * 5000,
     b"5;" + b"x" * 5000 + b"\r\nhello",
 ])  # fmt: skip
-def test_chunks_that_cannot_become_well_formed_are_refused_at_once(body: bytes) -> None:
+def test_malformed_chunks_are_refused_at_once(body: bytes) -> None:
     with pytest.raises(a.Unreadable):
         chunks, received = a.Chunks(), body
         while received:
             received = received[chunks.take(received)[1] :]
 
 
-def test_what_is_remembered_of_a_header_is_of_that_header_alone(program: Program) -> None:
-    """Each pair of requests has the line, or the fields, or both in common."""
+def test_header_cache_does_not_mix_requests(program: Program) -> None:
+    """Send pairs of requests that share the request line, the header fields, or both."""
     path, fields = "/artefacts/app/alike", (CHUNKED, "Content-Type: text/x-one")
     with program.connect() as one, program.connect() as other:
         for connection, content in itertools.product((one, other), (b"1", b"22", b"")):
@@ -3011,7 +3026,7 @@ def test_what_is_remembered_of_a_header_is_of_that_header_alone(program: Program
             assert other.ask(head("GET", path)).is_problem(404)
 
 
-def test_bytes_behind_the_announced_length_are_another_request(program: Program) -> None:
+def test_bytes_after_the_content_length_are_another_request(program: Program) -> None:
     with program.connect() as connection:
         request = head("PUT", "/artefacts/app/short", "Content-Length: 3") + b"abcdef\r\n\r\n"
         assert connection.ask(request).status == 201
@@ -3027,28 +3042,28 @@ def test_expect_100_continue(program: Program, announced: str) -> None:
         assert connection.ask(head("PUT", path, announced, "Expect: 100-continue")).status == 100
         body = pieces(b"body", 3) if announced == CHUNKED else b"body"
         assert connection.send(body).answer().status == 201
-        # Without a body there is nothing to wait for.
+        # A request without a body needs no 100.
         assert connection.ask(head("GET", path, "Expect: 100-continue")).body == b"body"
         assert connection.ask(put(path, b"", "Expect: 100-continue")).status == 200
-        # Nor where it is there already.
+        # A body that has already arrived needs no 100 either.
         answer = connection.ask(put(path, b"new", "Expect: 100-continue"))
         assert (connection.answer() if answer.status == 100 else answer).status == 200
     assert program.get(path).body == b"new"
 
 
-def test_100_comes_behind_the_stream_of_the_request_before(program: Program, large: bytes) -> None:
+def test_100_continue_follows_the_previous_streamed_response(program: Program, large: bytes) -> None:
     expecting = head("PUT", "/artefacts/app/waits", "Content-Length: 9", "Expect: 100-continue")
     with program.connect() as connection:
         connection.send(head("GET", "/artefacts/app?format=tar&prefix=large") + expecting)
-        time.sleep(0.2)  # the stream has filled the buffers by then, and waits
+        time.sleep(0.2)  # by then the stream has filled the buffers and waits
         with tarfile.open(fileobj=io.BytesIO(connection.answer().body)) as archive:
             assert archive.getnames() == ["large"]
         assert connection.answer().status == 100
         assert connection.ask(b"123456789").status == 201
 
 
-def test_who_expects_100_and_sends_the_body_along(program: Program) -> None:
-    """RFC 9110 §10.1.1: then none need be sent."""
+def test_body_sent_without_waiting_for_100_continue(program: Program) -> None:
+    """Omit the 100, which is not needed then (RFC 9110 §10.1.1)."""
     path, expect = "/artefacts/app/along", "Expect: 100-continue"
     refused, stored = put(path, b"1", expect, 'If-Match: "0"'), put(path, b"2", expect)
     requests = (refused, 412), (stored, 201), (head("GET", path), 200)
@@ -3059,24 +3074,25 @@ def test_who_expects_100_and_sends_the_body_along(program: Program) -> None:
 
 
 REFUSALS = [
-    ("PUT", THERE, "If-None-Match: *", 412), ("PUT", THERE, 'If-Match: "0"', 412),
-    ("PUT", FRESH, "If-Match: *", 412), ("POST", THERE, "X: y", 409), ("PUT", THERE + "/below", "X: y", 409),
+    ("PUT", EXISTING, "If-None-Match: *", 412), ("PUT", EXISTING, 'If-Match: "0"', 412),
+    ("PUT", ABSENT, "If-Match: *", 412), ("POST", EXISTING, "X: y", 409),
+    ("PUT", EXISTING + "/below", "X: y", 409),
     ("PUT", "/artefacts/app/.new", "X: y", 400), ("PUT", "/artefacts/.app/new", "X: y", 400),
-    ("PUT", "/artefacts/app/%ff", "X: y", 400), ("PUT", FRESH, "Content-Range: bytes 5-9/10", 400),
-    ("PUT", FRESH, "Repr-Digest: sha-256=:short:", 400), ("PUT", "/artefacts/app", "X: y", 405),
-    ("PUT", FRESH, "Content-Encoding: gzip", 415), ("PUT", FRESH, "Sec-Fetch-Site: cross-site", 403),
+    ("PUT", "/artefacts/app/%ff", "X: y", 400), ("PUT", ABSENT, "Content-Range: bytes 5-9/10", 400),
+    ("PUT", ABSENT, "Repr-Digest: sha-256=:short:", 400), ("PUT", "/artefacts/app", "X: y", 405),
+    ("PUT", ABSENT, "Content-Encoding: gzip", 415), ("PUT", ABSENT, "Sec-Fetch-Site: cross-site", 403),
     ("PUT", "/", "X: y", 405),
 ]  # fmt: skip
 ANNOUNCED = [
     *((*refusal, announced) for refusal in REFUSALS for announced in ("Content-Length: 5000000", CHUNKED)),
-    *(("PUT", FRESH, "X: y", 413, f"Content-Length: {size}") for size in (MAX_SIZE + 1, 1 << 62, 10**30)),
-    *((method, THERE, "X: y", 413, f"Content-Length: {10**30}") for method in ("GET", "DELETE")),
+    *(("PUT", ABSENT, "X: y", 413, f"Content-Length: {size}") for size in (MAX_SIZE + 1, 1 << 62, 10**30)),
+    *((method, EXISTING, "X: y", 413, f"Content-Length: {10**30}") for method in ("GET", "DELETE")),
 ]
 
 
 @pytest.mark.parametrize("expect", ["X-Expect: nothing", "Expect: 100-continue"])
 @pytest.mark.parametrize(("method", "path", "field", "status", "announced"), ANNOUNCED)
-def test_a_refusal_comes_instead_of_the_body(
+def test_refusal_is_sent_before_the_body(
     program: Program, method: str, path: str, field: str, status: int, announced: str, expect: str
 ) -> None:
     with program.connect() as connection:
@@ -3085,24 +3101,24 @@ def test_a_refusal_comes_instead_of_the_body(
         assert answer.headers["Connection"].lower() == "close"
         assert program.incoming() == []
         assert connection.ends()
-    assert program.get(THERE).body == b"there"
-    assert program.get(FRESH).status == 404
+    assert program.get(EXISTING).body == b"there"
+    assert program.get(ABSENT).status == 404
 
 
 @pytest.mark.parametrize("announced", ["Content-Length: 5000000", CHUNKED])
-def test_a_digest_that_is_not_known_yet_decides_before_the_body_too(program: Program, announced: str) -> None:
+def test_unknown_digest_is_computed_before_the_body_arrives(program: Program, announced: str) -> None:
     id, content = f"dropped-{len(announced)}", os.urandom(100_000)
-    drop(program.data / "app" / id, content)
-    there, expect = f'If-None-Match: "{sha256(content)}"', "Expect: 100-continue"
+    add_file(program.data / "app" / id, content)
+    condition, expect = f'If-None-Match: "{sha256(content)}"', "Expect: 100-continue"
     with program.connect() as connection:
-        answer = connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect))
+        answer = connection.ask(head("PUT", f"/artefacts/app/{id}", announced, condition, expect))
         assert answer.is_problem(412) and connection.ends()
-    drop(program.data / "app" / id, content + b"another")
+    add_file(program.data / "app" / id, content + b"another")
     with program.connect() as connection:
-        assert connection.ask(head("PUT", f"/artefacts/app/{id}", announced, there, expect)).status == 100
+        assert connection.ask(head("PUT", f"/artefacts/app/{id}", announced, condition, expect)).status == 100
 
 
-def test_an_upload_behind_another_request_is_refused_before_its_body_too(program: Program) -> None:
+def test_pipelined_upload_is_refused_before_its_body(program: Program) -> None:
     path, expect = "/artefacts/app/there", "Expect: 100-continue"
     with program.connect() as connection:
         refused = head("PUT", path, "Content-Length: 9", 'If-Match: "0"', expect)
@@ -3115,11 +3131,11 @@ def test_an_upload_behind_another_request_is_refused_before_its_body_too(program
         assert connection.ask(b"123456789").status == 201
 
 
-def test_who_ends_his_side_behind_a_refused_upload_gets_every_answer(program: Program, large: bytes) -> None:
-    """Closed with bytes of it unread, the connection would be reset, and what was on its way be lost."""
+def test_half_closed_client_gets_every_response(program: Program, large: bytes) -> None:
+    """Read the rest of the refused upload: closing with unread bytes would reset the connection."""
     for _ in range(5):
         with program.connect() as connection:
-            refused = put(THERE, bytes(500_000), 'If-Match: "0"')
+            refused = put(EXISTING, bytes(500_000), 'If-Match: "0"')
             connection.send(head("GET", "/artefacts/app/large") + refused)
             connection.socket.shutdown(socket.SHUT_WR)
             assert connection.answer().body == large
@@ -3128,13 +3144,13 @@ def test_who_ends_his_side_behind_a_refused_upload_gets_every_answer(program: Pr
 
 
 @pytest.mark.parametrize(("path", "field", "status"), [
-    (THERE, "If-None-Match: *", 412), (FRESH, "X: y", 413), ("/artefacts/app/.new", "X: y", 400)
+    (EXISTING, "If-None-Match: *", 412), (ABSENT, "X: y", 413), ("/artefacts/app/.new", "X: y", 400)
 ])  # fmt: skip
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(
+def test_client_that_sends_everything_before_it_reads_gets_its_refusal(
     program: Program, path: str, field: str, status: int, chunked: bool
 ) -> None:
-    """Closing at once would reset the connection, and the answer with it (RFC 9112 §9.6)."""
+    """Keep reading after the refusal: closing at once would reset the connection (RFC 9112 §9.6)."""
     size, piece = MAX_SIZE + (1 << 20 if status == 413 else 0), bytes(1 << 20)
     with program.connect() as connection:
         connection.send(head("PUT", path, CHUNKED if chunked else f"Content-Length: {size}", field))
@@ -3145,32 +3161,32 @@ def test_a_client_that_sends_all_before_it_reads_gets_its_refusal(
     eventually(lambda: program.incoming() == [])
 
 
-def test_a_digest_that_does_not_fit_stores_nothing(program: Program) -> None:
+def test_digest_mismatch_stores_nothing(program: Program) -> None:
     path, body = "/artefacts/app/digest", os.urandom(400_000)
-    for field in digest_fields(hashlib.sha256(b"else").digest()):
+    for field in all_digest_fields(hashlib.sha256(b"else").digest()):
         assert program.ask(put(path, body, field)).is_problem(400), field
         assert program.ask(head("PUT", path, CHUNKED, field) + pieces(body, 65536)).is_problem(400), field
     assert program.get(path).status == 404
     eventually(lambda: program.incoming() == [])
-    for field in digest_fields(hashlib.sha256(body).digest()):
+    for field in all_digest_fields(hashlib.sha256(body).digest()):
         assert program.ask(put(path, body, field)).status in (201, 200), field
 
 
-def test_large_uploads_that_arrive_at_once_are_kept_apart(program: Program) -> None:
-    """They come through one buffer: of neither a piece may be kept there."""
+def test_concurrent_large_uploads_do_not_mix(program: Program) -> None:
+    """Alternate between uploads, which share one receive buffer: no piece may end up in another upload."""
     bodies = {f"/artefacts/app/{name}": os.urandom(1_500_000) for name in "abc"}
     with contextlib.ExitStack() as connections:
         clients = {path: connections.enter_context(program.connect()) for path in bodies}
         for path, client in clients.items():
             client.send(head("PUT", path, f"Content-Length: {len(bodies[path])}"))
-        for start in range(0, 1_500_000, 100_000):  # the first two stay in memory
+        for start in range(0, 1_500_000, 100_000):  # the first two pieces of each stay in memory
             for path, client in clients.items():
                 client.send(bodies[path][start : start + 100_000])
         assert [client.answer().status for client in clients.values()] == [201, 201, 201]
     assert {path: program.get(path).body for path in bodies} == bodies
 
 
-def test_what_a_fault_left_in_the_buffer_gets_into_no_other_upload(tmp_path: Path) -> None:
+def test_bytes_of_a_failed_upload_do_not_reach_another_upload(tmp_path: Path) -> None:
     code = IMPORT + """
 def fail(self, data, original=artefacts.Upload.write):
     if not data:
@@ -3193,7 +3209,7 @@ artefacts.main()
 
 @pytest.mark.parametrize("end", ["closed", "reset", "half closed"])
 @pytest.mark.parametrize("announced", ["Content-Length: 1000000", CHUNKED])
-def test_a_body_cut_off_in_the_middle_is_discarded(program: Program, announced: str, end: str) -> None:
+def test_truncated_body_is_discarded(program: Program, announced: str, end: str) -> None:
     start = b"f4240\r\n" if announced == CHUNKED else b""
     with program.connect() as connection:
         connection.send(head("PUT", "/artefacts/app/cut", announced) + start + bytes(999_999))
@@ -3207,7 +3223,7 @@ def test_a_body_cut_off_in_the_middle_is_discarded(program: Program, announced: 
     assert program.get("/artefacts/app/cut").status == 404
 
 
-def test_parts_of_a_large_artefact(program: Program, large: bytes) -> None:
+def test_ranges_of_a_large_artefact(program: Program, large: bytes) -> None:
     path = "/artefacts/app/large"
     with program.connect() as connection:
         for first, last in ((0, 0), (5, 200_004), (20_000_000, len(large) - 1), (1, len(large) - 2)):
@@ -3216,7 +3232,7 @@ def test_parts_of_a_large_artefact(program: Program, large: bytes) -> None:
             assert connection.ask(head("HEAD", path)).headers["Content-Length"] == str(len(large))
 
 
-def test_a_download_goes_on_when_its_artefact_is_replaced_and_deleted(program: Program) -> None:
+def test_download_continues_after_replacement_and_deletion(program: Program) -> None:
     path, body = "/artefacts/app/going", os.urandom(30_000_000)
     program.ask(put(path, body))
     with program.connect(receive_buffer=4096) as connection:
@@ -3226,8 +3242,8 @@ def test_a_download_goes_on_when_its_artefact_is_replaced_and_deleted(program: P
         assert connection.answer().body == body
 
 
-def test_a_download_whose_file_is_cut_short_in_place_ends(program: Program) -> None:
-    """Somebody edits what is served. It cannot be whole any more, but it must not spin for ever."""
+def test_download_of_a_truncated_file_ends(program: Program) -> None:
+    """Truncate a file while it is served. The response cannot be complete, but it must not loop forever."""
     program.ask(put("/artefacts/app/edited", bytes(30_000_000)))
     with program.connect(receive_buffer=4096) as connection:
         assert connection.send(head("GET", "/artefacts/app/edited")).file.peek(1)
@@ -3236,9 +3252,9 @@ def test_a_download_whose_file_is_cut_short_in_place_ends(program: Program) -> N
     assert program.get("/artefacts/app/edited").body == bytes(1000)
 
 
-def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_stream_ends_only_its_own_connection(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    drop(data / "app/large", os.urandom(40_000_000))
+    add_file(data / "app/large", os.urandom(40_000_000))
     with Program(data, logged="artefacts: an answer broke off: 'large' became shorter.*") as program:
         with program.connect() as connection:
             connection.send(head("GET", "/artefacts/app?format=tar"))
@@ -3250,21 +3266,21 @@ def test_a_stream_that_fails_ends_the_connection_and_nothing_else(tmp_path: Path
         assert program.get("/artefacts/app").status == 200
 
 
-def test_a_stream_that_breaks_off_at_once_is_followed_by_nothing(data: Path) -> None:
+def test_no_request_runs_after_a_stream_that_fails_at_once(data: Path) -> None:
     for name in "abc":
-        drop(data / "app" / name, b"x")
+        add_file(data / "app" / name, b"x")
     (data / "app/b").chmod(0)
     with Program(data, before=without_privileges(), logged="artefacts: an answer broke off: .*") as program:
         for number in range(10):
             with program.connect() as connection:
                 following = put(f"/artefacts/other/{number}", b"x")
                 connection.send(head("GET", "/artefacts/app?format=tar") + following)
-                told = connection.file.read()
-            assert told.startswith(b"HTTP/1.1 200 ") and told.count(b"HTTP/1.1") == 1
+                received = connection.file.read()
+            assert received.startswith(b"HTTP/1.1 200 ") and received.count(b"HTTP/1.1") == 1
             assert program.get(f"/artefacts/other/{number}").status == 404
 
 
-def test_clients_that_do_not_read_hold_no_thread(tmp_path: Path) -> None:
+def test_clients_that_do_not_read_hold_no_worker_thread(tmp_path: Path) -> None:
     path, tar = "/artefacts/app/large", head("GET", "/artefacts/app?format=tar")
     with Program(tmp_path / "data", "--threads", "2") as program, contextlib.ExitStack() as readers:
         content = os.urandom(40_000_000)
@@ -3283,8 +3299,8 @@ def test_clients_that_do_not_read_hold_no_thread(tmp_path: Path) -> None:
             assert set(archive.getnames()) == {"large", *map(str, range(8))}
 
 
-def test_idle_and_lazy_clients_keep_nobody_waiting(program: Program, large: bytes) -> None:
-    """Hundreds: many say nothing, some stop in the middle, more than there are threads do not read."""
+def test_idle_clients_do_not_delay_others(program: Program, large: bytes) -> None:
+    """Open 300 connections: most are silent, some stop in a request, 30 do not read (more than threads)."""
     with contextlib.ExitStack() as opened:
         for number in range(300):
             connection = opened.enter_context(program.connect(receive_buffer=4096))
@@ -3294,12 +3310,12 @@ def test_idle_and_lazy_clients_keep_nobody_waiting(program: Program, large: byte
                 connection.send(b"GET /artefacts/app/th")
             elif number % 10 == 2:
                 connection.send(head("PUT", "/artefacts/app/lazy", "Content-Length: 100") + b"x")
-        assert program.get(THERE).body == b"there"
+        assert program.get(EXISTING).body == b"there"
         assert program.ask(put("/artefacts/app/among-lazy", b"1")).status == 201
         assert program.get("/artefacts/app/large").body == large
 
 
-def test_what_cannot_be_removed_holds_up_no_connection(data: Path) -> None:
+def test_unremovable_staging_file_does_not_block_connections(data: Path) -> None:
     path = "/artefacts/app/x"
     half = head("PUT", "/artefacts/app/y", "Content-Length: 2000000") + bytes(1_000_000)
     logged = "artefacts: what is done with cannot be closed, or removed: .*"
@@ -3318,8 +3334,8 @@ def test_what_cannot_be_removed_holds_up_no_connection(data: Path) -> None:
     (data / ".incoming").chmod(0o755)
 
 
-def test_a_worker_that_is_slow_to_leave_its_result_holds_nothing_up(tmp_path: Path) -> None:
-    """What it left is the loop's at once, though the worker be interrupted right there."""
+def test_interrupted_worker_does_not_delay_its_result(tmp_path: Path) -> None:
+    """Interrupt the worker right after it leaves its result: the event loop must see the result at once."""
     code = IMPORT + """
 import time
 class Result(list):
@@ -3342,10 +3358,10 @@ artefacts.main()
             assert [connection.answer().status for _ in requests] == [200] * 40
 
 
-def test_while_a_worker_waits_for_whom_the_client_is_gone_nothing_is_busy(program: Program) -> None:
+def test_no_busy_loop_while_a_worker_waits_for_a_lost_client(program: Program) -> None:
     def processor_time() -> int:
         fields = Path(f"/proc/{program.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])  # in ticks, 100 a second
+        return int(fields[11]) + int(fields[12])  # in clock ticks: 100 per second
 
     program.ask(put("/artefacts/held/x", b"x"))
     with open(program.data / ".locks/held", "rb+") as lock:
@@ -3361,16 +3377,16 @@ def test_while_a_worker_waits_for_whom_the_client_is_gone_nothing_is_busy(progra
     assert program.get("/artefacts/held/x").status == 200
 
 
-def test_a_client_that_vanishes_in_mid_download_leaves_nothing_open(program: Program, large: bytes) -> None:
+def test_client_lost_during_a_download_leaves_no_open_file(program: Program, large: bytes) -> None:
     for leave in (Connection.close, Connection.abort):
         connection = program.connect(receive_buffer=4096).send(head("GET", "/artefacts/app/large"))
         assert connection.file.read(5) == b"HTTP/"
-        assert held(program, "large") == 1
+        assert open_count(program, "large") == 1
         leave(connection)
-        eventually(lambda: held(program, "large") == 0)
+        eventually(lambda: open_count(program, "large") == 0)
 
 
-def test_a_client_that_vanishes_from_a_worker_leaves_nothing_open(program: Program) -> None:
+def test_client_lost_during_a_push_leaves_no_open_file(program: Program) -> None:
     descriptors = Path(f"/proc/{program.process.pid}/fd")
     before = len(list(descriptors.iterdir())) + 3
     for number in range(100):
@@ -3388,12 +3404,12 @@ def test_urgent_data_ends_the_connection(program: Program) -> None:
             assert connection.ends()
 
 
-def test_a_connection_lasts_as_long_as_anything_moves(tmp_path: Path) -> None:
-    """One that is silent for waitress's timeout is closed; these are not, and are slow."""
+def test_connection_times_out_only_without_progress(tmp_path: Path) -> None:
+    """Close a connection that is silent for waitress's timeout, but none that still makes progress."""
     timeout = "artefacts.waitress.server.Adjustments."
     code = IMPORT + f"{timeout}channel_timeout = 1; {timeout}cleanup_interval = 0; artefacts.main()"
-    drop(tmp_path / "data/app/large", bytes(40_000_000))
-    drop(tmp_path / "data/lib/larger", bytes(40_000_000))
+    add_file(tmp_path / "data/app/large", bytes(40_000_000))
+    add_file(tmp_path / "data/lib/larger", bytes(40_000_000))
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
         with (
             program.connect() as silent, program.connect(receive_buffer=4096) as lazy,
@@ -3406,9 +3422,9 @@ def test_a_connection_lasts_as_long_as_anything_moves(tmp_path: Path) -> None:
                 time.sleep(0.1)
                 connection.send(bytes(4_000))
                 assert slow.file.read(4_000)
-            assert held(program, "larger")
+            assert open_count(program, "larger")
             assert silent.ends()
-            eventually(lambda: program.get("/artefacts/app") and not held(program, "large"))
+            eventually(lambda: program.get("/artefacts/app") and not open_count(program, "large"))
             assert connection.send(bytes(900_000)).answer().status == 201
 
 
@@ -3424,8 +3440,8 @@ artefacts.Upload._hash, artefacts.HASH_INLINE = stalled, 0
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("then", ["hashed", "silent"])
-def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, then: str) -> None:
-    """And the rest when it is done; what trickles is received then, and before it would count as silence."""
+def test_receiving_pauses_while_hashing_is_far_behind(tmp_path: Path, then: str) -> None:
+    """Receive the rest once the hash has caught up. A paused connection does not count as silent."""
     go, timeout = tmp_path / "go", "artefacts.waitress.server.Adjustments."
     code = STALLED.replace("GO", repr(str(go)))
     if then == "silent":
@@ -3455,19 +3471,19 @@ def test_while_the_hash_is_far_behind_only_a_lot_is_received(tmp_path: Path, the
                 connection.send(body[sent : sent + 1000])
                 sent += 1000
                 time.sleep(0.1)
-                assert program.get("/").status == 303  # so that the server looks who is silent
+                assert program.get("/").status == 303  # makes the server look for silent connections
             go.touch()
         assert connection.send(body[sent:]).answer().status == 201
         assert program.get("/artefacts/app/x").body == body
 
 
-def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp_path: Path) -> None:
+def test_unsuitable_waitress_falls_back_to_its_stock_server(tmp_path: Path) -> None:
     relied = "((artefacts.waitress.task.WSGITask, 'execute teleport'),)"
     code = IMPORT + f"artefacts.REQUIRED += {relied}; artefacts.main()"
     path, body = "/artefacts/app/x", os.urandom(3_000_000)
     with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
         assert "waitress lacks WSGITask.teleport: " in program.log.read_text()
-        os.truncate(program.log, 0)  # nothing else comes into it
+        os.truncate(program.log, 0)  # the log must stay empty from here on
         assert program.ask(put(path, body)).status == 201
         assert program.get(path).body == body
         assert program.get(path, "Range: bytes=5-9").body == body[5:10]
@@ -3478,15 +3494,15 @@ def test_on_a_waitress_that_lacks_what_it_relies_on_it_runs_as_on_any_server(tmp
 # == Connections: hostile input ===================================================================
 
 MEGABYTE = b"x" * 1_000_000
-GARBAGE = [  # header fields, what follows them, the request's version
+BAD_BODIES = [  # header fields, the bytes after the header, HTTP version
     *(([CHUNKED], line + b"\r\nabc\r\n0\r\n\r\n", "1.1") for line in (
         b"xyz", b"-3", b"+3", b"0x3", b"2", b"1_0", b"3 3", b"3;\0=1", b"3 ", b"", b"\n3", b"3\r",
         b"4\r\nabcd3", b"0\r\nX: y\nZ: 1", b"0\r\n\n",
-        # Nor may any client fill the memory with what is not even a body.
+        # Framing bytes must not fill the memory either.
         b"1" * 1_000_000, b"3;" + MEGABYTE, b"0\r\nX: " + MEGABYTE, b"0\r\n" + b"X: y\r\n" * 200_000,
     )),
-    # Where it is doubtful where the body ends, what follows could be taken for a request that the
-    # client never made (RFC 9112 §11.2). HTTP/1.0 has no Transfer-Encoding (§6.1).
+    # If the end of the body is unclear, the bytes after it could be taken for a request that the client
+    # never sent (RFC 9112 §11.2). HTTP/1.0 has no Transfer-Encoding (§6.1).
     *((fields, b"3\r\nabc\r\n0\r\n\r\n", version) for fields, version in (
         ([CHUNKED], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.0"), ([CHUNKED, "Content-Length: 3"], "1.1"),
         (["Transfer-Encoding : chunked"], "1.1"), (["Transfer-Encoding: \x0bchunked"], "1.1"),
@@ -3501,16 +3517,16 @@ GARBAGE = [  # header fields, what follows them, the request's version
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(GARBAGE)))
-def test_a_body_that_cannot_be_delimited(program: Program, number: int) -> None:
-    fields, body, version = GARBAGE[number]
+@pytest.mark.parametrize("number", range(len(BAD_BODIES)))
+def test_body_of_unclear_length_is_refused(program: Program, number: int) -> None:
+    fields, body, version = BAD_BODIES[number]
     request = head("PUT", "/artefacts/app/garbage", "Connection: keep-alive", *fields, version=version)
     with program.connect() as connection:
-        answer = connection.ask(request + body + head("DELETE", THERE))
+        answer = connection.ask(request + body + head("DELETE", EXISTING))
         assert answer.is_problem(answer.status)
         assert answer.status in (400, 413, 431, 501)
         assert connection.ends()
-    assert program.get(THERE).body == b"there"
+    assert program.get(EXISTING).body == b"there"
     assert program.get("/artefacts/app/garbage").status == 404
     eventually(lambda: program.incoming() == [])
 
@@ -3520,14 +3536,14 @@ def test_a_body_that_cannot_be_delimited(program: Program, number: int) -> None:
     b"GET /a b HTTP/1.1", b"GET http://[::1 HTTP/1.1", b"GET /\xff\xfe HTTP/1.1", b"GET /\r/ HTTP/1.1",
     b"\x16\x03\x01\x02\0\1\0\1\xfc",
 ])  # fmt: skip
-def test_garbage_for_a_request(program: Program, line: bytes) -> None:
+def test_garbage_request_line_is_refused(program: Program, line: bytes) -> None:
     answer = program.ask(line + b"\r\nHost: localhost\r\n\r\n")
     assert answer.is_problem(answer.status)
     assert 400 <= answer.status < 500
-    assert program.get(THERE).status == 200
+    assert program.get(EXISTING).status == 200
 
 
-BAD = [  # what no segment may be or have, as it may be written in a path
+BAD_SEGMENTS = [  # invalid segments, as they may be written in a path
     "..", ".", "%2e%2e", "%2E%2e", ".%2e", "..%2f..", "%2e%2e%2f%2e%2e", "..%5c..", "..\\..", "%5c..",
     "x%5cy", "%00", "..%00", "x%00y", "%2e%2e%00", "%c0%ae%c0%ae", "%c0%af..", "..%c0%af",
     "%e0%80%ae%e0%80%ae", "%f0%80%80%ae", "%ff", "%ed%a0%80", "..;", "....", ".versions", "%2everssions",
@@ -3536,7 +3552,7 @@ BAD = [  # what no segment may be or have, as it may be written in a path
 ]  # fmt: skip
 PLACES = ["{}/x", "{}", "app/{}", "app/{}/x", "app/d/{}/../outside/secret", "app/.versions/{}", "{}/../../x"]
 TARGETS = [
-    *(f"/artefacts/{place.format(bad)}" for bad in BAD for place in PLACES), "//etc/passwd",
+    *(f"/artefacts/{place.format(bad)}" for bad in BAD_SEGMENTS for place in PLACES), "//etc/passwd",
     "//localhost/artefacts/app/x", "/artefacts//x", "/artefacts/app//x", "//../outside", "/etc/passwd",
     "/../artefacts/app/n", "/%2e%2e/artefacts/app/n", "/artefacts/../outside/secret", "/artefacts\\app",
     "/data/app/x", "file:///etc/passwd", "ftp://localhost/etc/passwd", "http://localhost/../../etc/passwd",
@@ -3562,29 +3578,29 @@ QUERIES = {
 }  # fmt: skip
 
 
-def test_no_path_leads_out(exposed: Program) -> None:
+def test_no_path_leads_outside_the_data_directory(exposed: Program) -> None:
     before = tree(exposed.data)
     for target in TARGETS:
         for method in ("GET", "PUT", "DELETE", "POST"):
             answer = ask(exposed, f"{method} {target}", MULTIPART, body=form_of(("n", b"1")))
-            assert refused(answer, (method, target[:100]))
+            assert is_client_error(answer, (method, target[:100]))
     for status, lines in QUERIES.items():
         for line in lines:
             answer = exposed.get(f"/artefacts/{line}")
             assert answer.status == status and "X-Evil" not in answer.headers, line[:80]
-            assert status == 200 or refused(answer, line)
+            assert status == 200 or is_client_error(answer, line)
     for bad in ("../../../outside/secret", "..", "%00", "1" * 5000, "", V1[:-1], V1 + "/"):
-        assert refused(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
-        assert refused(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
+        assert is_client_error(ask(exposed, f"POST /artefacts/app/x?restore={bad}"), bad)
+        assert is_client_error(ask(exposed, f"DELETE /artefacts/app/x?version={bad}"), bad)
     assert tree(exposed.data) == before
-    for odd in LITERAL:  # decoded once, and never a second time
+    for odd in LITERAL:  # a path is decoded exactly once
         for path in (f"literal/{odd}", f"literal/{odd}-f/{odd}", f"{odd}/x"):
             assert ask(exposed, f"PUT /artefacts/{path}", body=odd.encode()).status == 201
             assert (exposed.data / unquote(path)).read_bytes() == odd.encode()
             assert exposed.get(f"/artefacts/{path}").body == odd.encode()
 
 
-BOMBS: list[tuple[str, str, str]] = [  # method; the statuses that are right; header fields
+BOMBS: list[tuple[str, str, str]] = [  # method; allowed statuses; header fields
     *(("GET", statuses, f"Range: bytes={ranges}") for statuses, ranges in (
         ("200", ",".join(["0-0"] * 10_000)), ("206", "0-" + "9" * 5000), ("416", "9" * 5000 + "-"),
         ("206", "-" + "9" * 5000), ("206", "0" * 5000 + "-1"), ("200", " " * 60_000), ("200", "\xb2-"),
@@ -3608,7 +3624,7 @@ BOMBS: list[tuple[str, str, str]] = [  # method; the statuses that are right; he
 ]  # fmt: skip
 
 
-def test_header_bombs_and_numbers_without_end(exposed: Program) -> None:
+def test_huge_header_fields_and_numbers(exposed: Program) -> None:
     paths = {"GET": "/artefacts/app/x", "PUT": "/artefacts/odd/fields", "POST": "/artefacts/odd"}
     ask(exposed, "PUT /artefacts/odd/fields")
     for method, statuses, fields in BOMBS:
@@ -3620,14 +3636,14 @@ def test_header_bombs_and_numbers_without_end(exposed: Program) -> None:
                 connection.send(request.encode("latin-1"))
             answer = connection.answer()
         assert str(answer.status) in statuses, (answer.status, fields[:80])
-        assert answer.status < 400 or refused(answer, fields[:80])
+        assert answer.status < 400 or is_client_error(answer, fields[:80])
         assert "X-Evil" not in answer.headers and time.monotonic() - started < 5, fields[:80]
 
 
 # == The program as a process =====================================================================
 
 
-def test_it_logs_a_line_a_request(tmp_path: Path) -> None:
+def test_log_has_one_line_per_request(tmp_path: Path) -> None:
     path, evil = "/artefacts/app/x", '/artefacts/app/\x1b[31m"\\\xff'
     requests = [
         (put(path, b"12345"), f'"PUT {path} HTTP/1.1" 201 '), (put(path, b"1", "If-None-Match: *"), '" 412 '),
@@ -3636,15 +3652,15 @@ def test_it_logs_a_line_a_request(tmp_path: Path) -> None:
         (head("GET", "/x", "Content-Length: many"), '"GET /x HTTP/1.1" 400 '),
     ]  # fmt: skip
     with Program(tmp_path / "data") as program:
-        for number, (request, told) in enumerate(requests, 1):
+        for number, (request, expected) in enumerate(requests, 1):
             program.ask(request)
             eventually(lambda: program.log.read_text().count("\n") == number)  # noqa: B023
             logged = program.log.read_text().splitlines()[-1]
-            assert told in logged
+            assert expected in logged
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_a_log_that_cannot_be_written_costs_no_answer(tmp_path: Path) -> None:
+def test_unwritable_log_does_not_stop_responses(tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAM), "--data", str(tmp_path / "data"), "--port", "0"]
     with open("/dev/full", "wb") as full:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=full, text=True)
@@ -3661,7 +3677,7 @@ def test_a_log_that_cannot_be_written_costs_no_answer(tmp_path: Path) -> None:
     "--keep-versions some", "--max-size 2parsecs", "--max-size -1", "--data {file}", "--data {file}/below",
     "--config {file}/missing", "--config {broken}", "--host 0.0.0.0", "--host 203.0.113.1 --open",
 ])  # fmt: skip
-def test_what_it_cannot_do_is_one_line_and_exit_2(program: Program, tmp_path: Path, options: str) -> None:
+def test_bad_option_prints_one_line_and_exits_2(program: Program, tmp_path: Path, options: str) -> None:
     file, broken = tmp_path / "file", tmp_path / "broken.toml"
     file.touch()
     broken.write_text("[anonymous]\nread = everything\n")
@@ -3673,23 +3689,23 @@ def test_what_it_cannot_do_is_one_line_and_exit_2(program: Program, tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_can_be_ended_as_soon_as_it_tells_its_url(tmp_path: Path, number: int) -> None:
+def test_signal_right_after_the_url_stops_the_program(tmp_path: Path, number: int) -> None:
     for _ in range(3):
         with Program(tmp_path / "data") as program:
             assert program.stop(number) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_in_flight_finish(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_lets_running_requests_finish(tmp_path: Path, number: signal.Signals) -> None:
     large = os.urandom(30_000_000)
     with Program(tmp_path / "data", "--quiet") as program, contextlib.ExitStack() as opened:
         program.ask(put("/artefacts/app/large", large))
         for _ in range(5):
-            opened.enter_context(program.connect())  # idle from the start
-        opened.enter_context(program.connect()).ask(head("GET", "/artefacts/"))  # idle now
+            opened.enter_context(program.connect())  # never sent a request
+        opened.enter_context(program.connect()).ask(head("GET", "/artefacts/"))  # is idle after its request
         reader = opened.enter_context(program.connect(receive_buffer=4096))
         assert reader.send(head("GET", "/artefacts/app/large")).file.read(1) == b"H"
-        writer = opened.enter_context(half_sent(program))
+        writer = opened.enter_context(start_upload(program))
         program.process.send_signal(number)
         eventually(lambda: not program.listens())
         assert writer.send(bytes(100_000)).answer().status == 201
@@ -3699,18 +3715,18 @@ def test_a_signal_lets_requests_in_flight_finish(tmp_path: Path, number: signal.
     assert not program.incoming()
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    code = ("-W", "ignore", str(PROGRAM))  # at once is not tidily
-    with Program(tmp_path / "data", "--quiet", code=code) as program, half_sent(program):
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    code = ("-W", "ignore", str(PROGRAM))  # an immediate exit leaves resources open
+    with Program(tmp_path / "data", "--quiet", code=code) as program, start_upload(program):
         program.process.send_signal(signal.SIGINT)
         eventually(lambda: not program.listens())
         program.process.send_signal(signal.SIGINT)
         assert program.process.wait(a.GRACE / 2) != 0
 
 
-def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path) -> None:
+def test_unfinished_request_delays_the_stop_only_by_the_grace_period(tmp_path: Path) -> None:
     code = IMPORT + "artefacts.GRACE = 1; artefacts.main()"
-    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program, half_sent(program):
+    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program, start_upload(program):
         with program.connect() as large:
             large.send(head("PUT", "/artefacts/app/x", "Content-Length: 2000000") + bytes(1_000_000))
             eventually(program.incoming)
@@ -3718,10 +3734,10 @@ def test_a_request_that_never_ends_delays_the_end_within_a_bound(tmp_path: Path)
     assert program.incoming() == [] and not (tmp_path / "data/app").exists()
 
 
-def test_kill_9_loses_nothing_that_was_acknowledged_and_tears_nothing(tmp_path: Path) -> None:
+def test_kill_loses_no_acknowledged_push_and_tears_none(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    sent: dict[str, list[str]] = {}  # by id, the digests of the bodies in the order they were sent
-    acknowledged: dict[str, int] = {}  # by id, how many of them were
+    sent: dict[str, list[str]] = {}  # by id: digests of the bodies, in the order of sending
+    acknowledged: dict[str, int] = {}  # by id: how many of them were acknowledged
 
     def upload(worker: int) -> None:
         for number in itertools.count():
@@ -3760,12 +3776,12 @@ def test_kill_9_loses_nothing_that_was_acknowledged_and_tears_nothing(tmp_path: 
                 assert program.ask(put(f"/artefacts/app/{id}", b"again")).status in (200, 201)
 
 
-def test_of_many_who_replace_one_state_one_wins(pair: list[Program]) -> None:
+def test_exactly_one_of_many_replacements_wins(pair: list[Program]) -> None:
     etag = pair[0].ask(put("/artefacts/app/contended", b"0")).etag
     for round in range(1, 13):
         bodies = [f"{round} by {client}".encode() for client in range(8)]
         requests = [put("/artefacts/app/contended", body, f"If-Match: {etag}") for body in bodies]
-        assert at_once(pair, requests) == [200] + [412] * 7
+        assert send_together(pair, requests) == [200] + [412] * 7
         answer = pair[round % 2].get("/artefacts/app/contended")
         assert answer.body in bodies
         etag = answer.etag
@@ -3774,14 +3790,16 @@ def test_of_many_who_replace_one_state_one_wins(pair: list[Program]) -> None:
 @pytest.mark.parametrize(("method", "field", "refusal"), [
     ("POST", "X: y", 409), ("PUT", "If-None-Match: *", 412)
 ])  # fmt: skip
-def test_of_many_who_create_it_one_wins(pair: list[Program], method: str, field: str, refusal: int) -> None:
+def test_exactly_one_of_many_creations_wins(
+    pair: list[Program], method: str, field: str, refusal: int
+) -> None:
     for round in range(12):
         path = f"/artefacts/{method}-{round}/created"
         requests = [put(path, b"%d" % client, field, method=method) for client in range(8)]
-        assert at_once(pair, requests) == [201] + [refusal] * 7
+        assert send_together(pair, requests) == [201] + [refusal] * 7
 
 
-def test_counters_that_are_incremented_by_if_match_are_exact(pair: list[Program]) -> None:
+def test_concurrent_increments_with_if_match_are_exact(pair: list[Program]) -> None:
     path, clients, each = "/artefacts/app/counter", 6, 12
     pair[0].ask(put(path, b"0"))
 
@@ -3798,7 +3816,7 @@ def test_counters_that_are_incremented_by_if_match_are_exact(pair: list[Program]
     assert pair[1].get(path).body == b"%d" % (clients * each)
 
 
-def test_no_reader_sees_a_torn_or_missing_artefact_while_it_is_replaced(pair: list[Program]) -> None:
+def test_reader_never_sees_a_torn_or_missing_artefact(pair: list[Program]) -> None:
     path, written = "/artefacts/app/replaced", threading.Event()
     pair[0].ask(put(path, b"first"))
 
@@ -3821,8 +3839,8 @@ def test_no_reader_sees_a_torn_or_missing_artefact_while_it_is_replaced(pair: li
         assert all(future.result() > 3 for future in reading)
 
 
-def test_pushes_and_deletes_of_one_place_do_not_disturb_each_other(pair: list[Program]) -> None:
-    """They make and remove the same folders all the time: each is performed, or finds nothing there."""
+def test_concurrent_pushes_and_deletes_in_the_same_folders(pair: list[Program]) -> None:
+    """Create and remove the same folders all the time: each request succeeds or gets 404."""
     path, allowed = "/artefacts/busy/a/b/c", {200, 201, 204, 404}
     requests = [
         put(path, b"1"), head("DELETE", path), put(path, bytes(300_000)), head("GET", "/artefacts/busy"),
@@ -3844,8 +3862,8 @@ def test_pushes_and_deletes_of_one_place_do_not_disturb_each_other(pair: list[Pr
 # == The README ===================================================================================
 
 
-def test_the_readme_has_the_help_word_for_word() -> None:
+def test_readme_contains_the_help_text() -> None:
     command, environment = [sys.executable, str(PROGRAM), "--help"], os.environ | {"COLUMNS": "90"}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     readme = PROGRAM.with_name("README.md").read_text()
-    assert "\n".join(f"    {line}" if line else "" for line in told.splitlines()) in readme
+    assert "\n".join(f"    {line}" if line else "" for line in help_text.splitlines()) in readme

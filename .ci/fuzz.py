@@ -1,10 +1,11 @@
-"""Random bytes and random requests at a running server, outside CI:
+"""Send random bytes and random requests to a running server. Not part of CI:
 
     PYTHONPATH=. python .ci/fuzz.py [seconds] [seed]
 
-Each client sends, over raw sockets, requests that are right, nearly right and wrong, in pieces and in
-rows, and cuts some of them short. The server must answer none of them with a 500, keep none waiting
-that it owes an answer, and grow in neither memory nor descriptors. Prints the counts; exits 1 otherwise."""
+Each client sends valid, nearly valid and invalid requests over raw sockets, in pieces and pipelined, and
+truncates some of them. The server must not answer with a 500, must answer each complete request, and must not
+grow in memory or descriptors. Prints the counts. Exits with 1 if the server failed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from urllib.parse import quote
 from support import Server, serving
 
 CLIENTS = 4
-GROWTH = 16 * 1024  # KiB that memory may grow by once all caches are warm
-WAIT = 60  # seconds for an answer that is owed; longer is called a hang
+GROWTH = 16 * 1024  # KiB by which memory may grow once all caches are warm
+WAIT = 60  # seconds for the response to a complete request; longer is a hang
 STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3}) [^\r\n]*\r\n")
 
 METHODS = ["GET", "HEAD", "PUT", "POST", "DELETE"]
@@ -81,7 +82,7 @@ FIELDS: dict[str, list[str]] = {
     "Upgrade": ["h2c", "websocket"], "X-Forwarded-For": ["1.2.3.4", "\xff"], "Cookie": ["a=b; " * 500],
     "A" * 5000: ["b"],
 }
-FRAMING: dict[str, list[str]] = {  # after which it cannot be told where the request ends
+FRAMING: dict[str, list[str]] = {  # with these, the end of the request is unclear
     "Transfer-Encoding": ["chunked", "gzip, chunked", "identity", "chunked, chunked", "x", ""],
     "Content-Length": ["0", "1", "-1", "+1", "1, 1", "x", "", "99999999999999999999", "1 "],
     "a b": ["c"], "": ["x"],
@@ -93,12 +94,12 @@ FORM = (
 
 
 class Sender:
-    """One client: sends, and counts what comes back."""
+    """A client that sends random requests and counts the responses."""
 
     def __init__(self, port: int, chance: random.Random) -> None:
         self.port, self.chance = port, chance
         self.statuses: Counter[str] = Counter()
-        self.troubles: list[str] = []
+        self.failures: list[str] = []
 
     def path(self) -> str:
         chance = self.chance
@@ -120,7 +121,7 @@ class Sender:
         return FORM[: chance.randint(0, len(FORM))] if kind < 0.25 else content
 
     def request(self) -> tuple[bytes, bool]:
-        """(bytes, whether they are one whole request, so that an answer is owed)"""
+        """Return the bytes, and whether they are one complete request, which must get a response."""
         chance = self.chance
         method = chance.choice(METHODS if chance.random() < 0.8 else OTHERS)
         fields = [("Host", "localhost")]
@@ -153,11 +154,11 @@ class Sender:
         return bytes(sent), whole and mangled >= 0.12
 
     def converse(self) -> None:
-        """One connection: a request or several in a row, and what is answered."""
+        """Open a connection, send one or several requests, and check the responses."""
         chance = self.chance
         requests = [self.request() for _ in range(chance.choice([1, 1, 1, 2, 5]))]
         sent = b"".join(request for request, _ in requests)
-        owed = requests[0][1]  # by what comes after it, the framing may be lost
+        expected = requests[0][1]  # the requests after the first may break the framing
         received, began = b"", time.monotonic()
         with socket.create_connection(("127.0.0.1", self.port), WAIT) as connection:
             try:
@@ -167,36 +168,35 @@ class Sender:
                 if chance.random() < 0.1:
                     self.statuses["not awaited"] += 1
                     return
-                if not owed:
+                if not expected:
                     connection.shutdown(socket.SHUT_WR)
-                while (piece := connection.recv(1 << 20)) and not (owed and answered(received + piece)):
+                while piece := connection.recv(1 << 20):
+                    if expected and statuses_in(received + piece):
+                        break
                     received += piece
                 received += piece
             except TimeoutError:
-                self.troubles.append(f"no end after {time.monotonic() - began:.0f} s: {sent[:300]!r}")
-            except (ConnectionError, OSError):  # the server has refused and gone
+                self.failures.append(f"no end after {time.monotonic() - began:.0f} s: {sent[:300]!r}")
+            except (ConnectionError, OSError):  # the server has refused and closed
                 self.statuses["reset"] += 1
-                owed = False
-        found = answered(received)
+                expected = False
+        found = statuses_in(received)
         self.statuses.update(found or ["none"])
-        if owed and not found:
-            self.troubles.append(f"no answer: {sent[:500]!r}")
+        if expected and not found:
+            self.failures.append(f"no answer: {sent[:500]!r}")
         for status in found:
             if status[0] == "5" and status not in ("501", "505", "507"):
-                self.troubles.append(f"{status}: {sent[:500]!r} -> {received[:300]!r}")
+                self.failures.append(f"{status}: {sent[:500]!r} -> {received[:300]!r}")
 
 
-def answered(received: bytes) -> list[str]:
-    """The final statuses in it."""
+def statuses_in(received: bytes) -> list[str]:
+    """Return the final statuses in received bytes."""
     return [status.decode() for status in STATUS.findall(received) if not status.startswith(b"1")]
 
 
-def grown(server: Server) -> tuple[int, int]:
-    """(resident memory in KiB, open descriptors)"""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    match = re.search(r"VmRSS:\s+([0-9]+)", status)
-    assert match is not None
-    return int(match[1]), server.descriptors().total()
+def size_of(server: Server) -> tuple[int, int]:
+    """Return the resident memory in KiB and the number of open files, sockets aside."""
+    return server.memory("VmRSS") // 1024, server.open_files().total()
 
 
 def main(seconds: int, seed: int) -> int:
@@ -206,7 +206,7 @@ def main(seconds: int, seed: int) -> int:
         end = time.monotonic() + seconds
 
         def work(sender: Sender) -> None:
-            while time.monotonic() < end and len(sender.troubles) < 20:
+            while time.monotonic() < end and len(sender.failures) < 20:
                 sender.converse()
 
         threads = [threading.Thread(target=work, args=(sender,)) for sender in senders]
@@ -215,25 +215,25 @@ def main(seconds: int, seed: int) -> int:
         samples = []
         for thread in threads:
             while thread.is_alive():
-                samples.append(grown(server))
+                samples.append(size_of(server))
                 thread.join(seconds / 20)
-        alive = server.ask("PUT", "after/all", b"of it").status
-        samples.append(grown(server))
+        final = server.ask("PUT", "afterwards/x", b"x").status
+        samples.append(size_of(server))
         log = server.log()
     statuses = sum((sender.statuses for sender in senders), Counter[str]())
-    troubles = [trouble for sender in senders for trouble in sender.troubles]
-    memory = samples[-1][0] - samples[len(samples) // 4][0]
-    troubles += [f"traceback:{end[-500:]}" for end in log.split("Traceback (most recent call last):")[1:]]
-    troubles += [line for line in log.splitlines() if "uncaptured" in line]  # waitress's word
-    for trouble in troubles[:20]:
-        print(trouble)
-    print(f"seed {seed}, {seconds} s, {statuses.total()} answers, {len(troubles)} troubles; of each status:")
+    failures = [failure for sender in senders for failure in sender.failures]
+    growth = samples[-1][0] - samples[len(samples) // 4][0]
+    failures += [f"traceback:{end[-500:]}" for end in log.split("Traceback (most recent call last):")[1:]]
+    failures += [line for line in log.splitlines() if "uncaptured" in line]  # waitress logs "uncaptured ..."
+    for failure in failures[:20]:
+        print(failure)
+    print(f"seed {seed}, {seconds} s, {statuses.total()} responses, {len(failures)} failures; by status:")
     print(*(f"{count} {status}" for status, count in sorted(statuses.items())), sep=", ")
     print("memory (MiB):", *(kib // 1024 for kib, _ in samples))
     print("descriptors:", *(number for _, number in samples))
-    print(f"a PUT afterwards: {alive}; memory grew by {memory} KiB after the first quarter")
-    steady = memory < GROWTH and samples[-1][1] <= samples[0][1] + 4
-    return 0 if not troubles and alive == 201 and steady else 1
+    print(f"a PUT afterwards: {final}; memory grew by {growth} KiB after the first quarter")
+    steady = growth < GROWTH and samples[-1][1] <= samples[0][1] + 4
+    return 0 if not failures and final == 201 and steady else 1
 
 
 if __name__ == "__main__":

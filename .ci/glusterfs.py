@@ -1,9 +1,12 @@
-"""Two servers on two mounts of one GlusterFS volume (replica 3): the histories of test_history.py, and a
-brick killed in mid-write. Not part of the normal run. As root, with Debian's glusterfs-server installed:
+"""Run the histories of test_history.py on GlusterFS, and kill a brick during writes.
+
+Two servers use two mounts of one volume (replica 3). Not part of the normal run. As root, with Debian's
+glusterfs-server installed:
 
     unshare --net --mount --pid --fork --mount-proc python -m pytest -q .ci/glusterfs.py
 
-All of it, daemons and mounts, ends with that namespace. Outside one, nothing is started."""
+All daemons and mounts end with that namespace. Outside of one, nothing is started.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Client, Server, serving, sha256, until
-from test_history import (  # whose fixtures are replaced by those below
+from support import PATIENCE, Client, Server, keep, serving, sha256, until
+from test_history import (  # the fixture `servers` below replaces the one there
     at_once,
     test_increments_are_not_lost,
     test_many_at_once,
@@ -26,16 +29,17 @@ from test_history import (  # whose fixtures are replaced by those below
 )
 
 __all__ = [
+    "keep",
     "test_increments_are_not_lost",
     "test_many_at_once",
     "test_of_many_exactly_one_wins",
     "test_one_request_after_the_other",
 ]
 
-ADDRESS = "10.99.0.1"  # of lo: glusterd refuses the loopback's own
-STATE = "/var/lib/glusterd", "/var/log/glusterfs", "/run"  # hidden behind empty ones
-# No host caches, or it would decide on what was there a second ago; and an open file is open, or what it was
-# could be gone at the first read.
+ADDRESS = "10.99.0.1"  # an address of lo: glusterd refuses 127.0.0.1
+STATE = "/var/lib/glusterd", "/var/log/glusterfs", "/run"  # an empty tmpfs hides each of them
+# All caches are off, because a host would decide on a state of a second ago. open-behind is off, because it
+# opens a file only at the first read, when the file may already be replaced.
 CACHES = "open-behind quick-read stat-prefetch write-behind io-cache read-ahead readdir-ahead"
 OPTIONS = "--entry-timeout=0", "--attribute-timeout=0", "--negative-timeout=0"
 
@@ -52,7 +56,7 @@ def gluster(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def mounts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two of one volume of three bricks, as two hosts have them."""
+    """Mount one volume of three bricks twice, as two hosts would."""
     names = [name for _, name in socket.if_nameindex()]
     if names != ["lo"] or os.geteuid() != 0:
         pytest.fail("Run it as root, and in a network namespace of its own: see the docstring.")
@@ -77,11 +81,6 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return one, two
 
 
-@pytest.fixture(scope="module", params=["0", "2", "all"])
-def keep(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def servers(mounts: tuple[Path, Path], keep: str) -> Iterator[tuple[Server, Server]]:
     with ExitStack() as stack:
@@ -91,7 +90,7 @@ def servers(mounts: tuple[Path, Path], keep: str) -> Iterator[tuple[Server, Serv
 
 
 def brick_processes() -> dict[str, int]:
-    """The process of each brick that is up, by the brick's name."""
+    """Return the process of each running brick, by the brick's name."""
     files = {path.stem.rpartition("-")[2]: path for path in Path("/run/gluster/vols/v").glob("*.pid")}
     found = {brick: path.read_text().strip() for brick, path in files.items()}
     return {brick: int(pid) for brick, pid in found.items() if pid and os.path.exists(f"/proc/{pid}")}
@@ -99,19 +98,21 @@ def brick_processes() -> dict[str, int]:
 
 def kill(brick: int) -> None:
     os.kill(brick, signal.SIGKILL)
-    os.waitpid(brick, 0)  # whose parent, as process 1 in here, we are; glusterd takes a zombie for alive
+    os.waitpid(brick, 0)  # as process 1 we are its parent; glusterd takes a zombie for a running brick
 
 
 def heal() -> None:
-    """All bricks up again, and equal."""
+    """Start the missing bricks and wait until all are equal."""
     gluster("volume", "start", "v", "force")
     until(lambda: len(brick_processes()) == 3)
     until(lambda: gluster("volume", "heal", "v", "info").count("Number of entries: 0") == 3)
 
 
-def test_a_brick_is_killed(servers: tuple[Server, Server], keep: str) -> None:
-    """Whatever was acknowledged is there, whole, at both servers: without the brick, and without
-    another one after the first has come back and was healed."""
+def test_killed_brick_loses_no_acknowledged_push(servers: tuple[Server, Server], keep: str) -> None:
+    """Kill a brick during writes. Kill another one after the first has come back and is healed.
+
+    Both servers must have each acknowledged push, complete, each time.
+    """
 
     def work(client: Client, number: int) -> dict[str, str]:
         acknowledged = {}
@@ -119,7 +120,7 @@ def test_a_brick_is_killed(servers: tuple[Server, Server], keep: str) -> None:
             if number == 0 and n == 20:
                 kill(killed)
             body = b"%d-%d " % (number, n) * (1, 5_000, 100_000)[n % 3]
-            path = f"killed/{number}/{n % 40}"  # the last ones are replaced
+            path = f"killed/{number}/{n % 40}"  # the last 20 replace the first ones
             answer = client.ask("PUT", path, body)
             assert answer.status in (200, 201), answer.body
             acknowledged[path] = sha256(body)

@@ -1,4 +1,4 @@
-"""What the checks in this folder share: the program as a process of its own, and a client."""
+"""Run the program as a process and talk to it: shared by the checks in this folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
+import pytest
+
 import artefacts
 
 PROGRAM = Path(artefacts.__file__).resolve()
@@ -34,81 +36,106 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection, opened anew where the server closed it."""
+    """Send requests over one connection, which is reopened if the server closed it."""
 
     def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
     def ask(self, method: str, path: str, body: bytes | Iterable[bytes] | None = None,
             fields: dict[str, str] | None = None) -> Answer:
-        """The answer to one request; `path` is below /artefacts/. A body in pieces is sent chunked."""
+        """Send one request and return its response.
+
+        `path` is below /artefacts/. A body in pieces is sent chunked.
+        """
         chunked = body is not None and not isinstance(body, bytes)
-        self._connection.request(method, f"/artefacts/{path}", body, fields or {}, encode_chunked=chunked)
-        with self._connection.getresponse() as response:
+        self.connection.request(method, f"/artefacts/{path}", body, fields or {}, encode_chunked=chunked)
+        with self.connection.getresponse() as response:
             return Answer(response.status, response.headers, response.read())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self.connection.close()
 
 
 class Server(NamedTuple):
     process: subprocess.Popen[str]
+    url: str  # of the listing of directories; ends in a slash
     port: int
-    told: IO[str]  # its standard error
+    stderr: IO[str]
 
     def log(self) -> str:
-        return os.pread(self.told.fileno(), 1 << 26, 0).decode()  # and not by the position it writes at
+        """Return what the program has written to standard error."""
+        return os.pread(self.stderr.fileno(), 1 << 26, 0).decode()  # leaves the position of the writer alone
 
     def client(self) -> Client:
         return Client(self.port)
 
     def ask(self, method: str, path: str, body: bytes | Iterable[bytes] | None = None,
             fields: dict[str, str] | None = None) -> Answer:
-        """One request on a connection of its own."""
+        """Send one request on a new connection and return its response."""
         with self.client() as client:
             return client.ask(method, path, body, fields)
 
-    def descriptors(self) -> Counter[str]:
-        """What the process has open, connections aside."""
+    def open_files(self) -> Counter[str]:
+        """Count the open file descriptors by name, without sockets."""
         found = []
         for fd in os.listdir(f"/proc/{self.process.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 found.append(os.readlink(f"/proc/{self.process.pid}/fd/{fd}"))
         return Counter(name for name in found if not name.startswith("socket:"))
 
+    def descriptors(self) -> int:
+        """Return the number of open file descriptors, sockets included."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory(self, field: str) -> int:
+        """Return a figure of /proc/PID/status in bytes: VmRSS (resident now) or VmHWM (its peak)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
 
 @contextlib.contextmanager
-def serving(data: Path, *options: str, tracebacks: bool = False) -> Iterator[Server]:
-    """The program on a free port, warnings being errors. In the end it stops as it should, without a
-    traceback, unless what is done to it should give some."""
-    arguments = [sys.executable, "-W", "error", str(PROGRAM), "--port", "0", "--data", str(data), "--quiet"]
-    with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen([*arguments, *options], stdout=subprocess.PIPE, stderr=told, text=True)
+def serving(data: Path, *options: str, tracebacks: bool = False, requests_logged: bool = False,
+            stop_within: float = PATIENCE) -> Iterator[Server]:
+    """Run the program on a free port, with warnings as errors.
+
+    Leaving the context stops it with SIGTERM. Asserts that it then exits with 0 within `stop_within` seconds,
+    and that it logged no traceback, unless the test provokes some (`tracebacks`).
+    """
+    arguments = [sys.executable, "-W", "error", str(PROGRAM), "--port", "0", "--data", str(data)]
+    arguments += ["--quiet"] * (not requests_logged)
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen([*arguments, *options], stdout=subprocess.PIPE, stderr=stderr, text=True)
         try:
             assert process.stdout is not None
-            url = process.stdout.readline()
+            url = process.stdout.readline().strip()
             if url:
-                yield Server(process, int(url.split(":")[2].partition("/")[0]), told)
+                yield Server(process, url, int(url.split(":")[2].partition("/")[0]), stderr)
                 process.send_signal(signal.SIGTERM)
-                process.wait(PATIENCE)
+                process.wait(stop_within)
         finally:
             process.kill()
             process.communicate()
-            told.seek(0)
-            log = told.read()
-            sys.stderr.write(log)  # which pytest shows where a test fails
+            stderr.seek(0)
+            log = stderr.read()
+            sys.stderr.write(log)  # pytest shows it if a test fails
     assert process.returncode == 0, log
     assert tracebacks or "Traceback" not in log, log
 
 
+@pytest.fixture(scope="module", params=["0", "2", "all"])
+def keep(request: pytest.FixtureRequest) -> str:
+    """Return a value of --keep-versions."""
+    return str(request.param)
+
+
 def until(condition: Callable[[], object], within: float = PATIENCE) -> None:
-    """Waits for what another process does in its own time."""
+    """Wait until another process has done something. Fail after `within` seconds."""
     deadline = time.monotonic() + within
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, f"the condition did not become true within {within} s"
         time.sleep(0.002)
 
 

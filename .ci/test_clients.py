@@ -1,14 +1,13 @@
-"""Real clients against the running program, each as its users call it.
+"""Use real clients against the running program, each as its users call it.
 
-Needs what stands in packages.txt (Debian) and requirements-clients.txt (PyPI). Starts `python artefacts.py`
-of the folder above this one. What a client asked, and got, is read from the program's log.
+`.ci/run` installs the clients. What a client requested, and the status that it got, is read from the
+program's log.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import http.client
 import json
 import os
 import random
@@ -22,60 +21,58 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pytest
+from support import Client, Server, serving, sha256, until
 
-ROOT = Path(__file__).resolve().parents[1]
-SOME = random.Random(1).randbytes(8 * 1024 * 1024 + 5)  # enough for aria2 to fetch it in segments
+LARGE_BODY = random.Random(1).randbytes(8 * 1024 * 1024 + 5)  # enough for aria2 to fetch it in segments
 YESTERDAY = time.time() - 24 * 3600
 LOG_LINE = re.compile(r'\S+ - \S+ \[[^]]+\] "(\w+) /artefacts/([^/]+)/(\S+) HTTP/1\.[01]" ([0-9]{3}) \S+')
 
 
-class Requests:
-    """One connection, which the program must keep open."""
+class Requests(Client):
+    """Send requests over one connection, which the program must keep open."""
 
-    def __init__(self, url: str) -> None:
-        self.connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        self.connection.timeout = 10
         self.connection.connect()
         self.connection.auto_open = 0
 
-    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    def status_and_body(self, method: str, path: str, body: bytes | None = None,
+                        **headers: str) -> tuple[int, bytes]:
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.connection.request(method, "/artefacts/" + path, body, fields)
-        with self.connection.getresponse() as answer:
-            return answer.status, answer.read()
-
-    def __enter__(self) -> Requests:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
+        answer = self.ask(method, path, body, fields)
+        return answer.status, answer.body
 
 
 class Program:
     """The running program: its URL, its data directory, its log."""
 
-    def __init__(self, url: str, data: Path, log: Path) -> None:
-        self.url, self.data, self.log = url, data, log
+    def __init__(self, server: Server, data: Path) -> None:
+        self.server, self.url, self.data = server, server.url, data
+
+    def requests(self) -> Requests:
+        return Requests(self.server.port)
 
     def put(self, path: str, content: bytes) -> None:
-        with Requests(self.url) as requests:
-            assert requests.ask("PUT", quote(path), content)[0] in (200, 201)
+        with self.requests() as requests:
+            assert requests.ask("PUT", quote(path), content).status in (200, 201)
 
     def ids(self, directory: str) -> list[str]:
-        with Requests(self.url) as requests:
-            return [artefact["id"] for artefact in json.loads(requests.ask("GET", directory)[1])["artefacts"]]
+        with self.requests() as requests:
+            return [artefact["id"] for artefact in requests.ask("GET", directory).json["artefacts"]]
 
-    def drop(self, path: str, content: bytes) -> None:
-        """Puts it into the data directory by hand, as a file of yesterday."""
+    def add_file(self, path: str, content: bytes) -> None:
+        """Write a file into the data directory by hand, with yesterday's modification time."""
         file = self.data / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         os.utime(file, (YESTERDAY, YESTERDAY))
 
     def damage(self, path: str) -> None:
-        """Changes a byte on disk, as a failing disk does: size and time stay."""
+        """Change a byte on disk, as a failing disk does: size and modification time stay."""
         file = self.data / path
         before, content = file.stat(), bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -83,17 +80,14 @@ class Program:
             opened.write(content)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    def answered(self, directory: str) -> list[str]:
-        """`GET 200 <id>` for each request below the directory so far."""
-        lines = LOG_LINE.findall(self.log.read_text())
+    def logged(self, directory: str) -> list[str]:
+        """Return `GET 200 <id>` for each request in the directory so far."""
+        lines = LOG_LINE.findall(self.server.log())
         return [f"{method} {status} {id}" for method, below, id, status in lines if below == directory]
 
-    def wait_for(self, directory: str, *answers: str) -> None:
-        """Until the log tells of at least these: a client may be done before its line is written."""
-        deadline = time.monotonic() + 10
-        while Counter(answers) - Counter(self.answered(directory)):
-            assert time.monotonic() < deadline, self.answered(directory)
-            time.sleep(0.01)
+    def wait_for(self, directory: str, *lines: str) -> None:
+        """Wait until the log has at least these lines: a client may end before its line is written."""
+        until(lambda: not Counter(lines) - Counter(self.logged(directory)), 10)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -101,24 +95,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    folder = tmp_path_factory.mktemp("program")
-    command = [sys.executable, "artefacts.py", "--port", "0", "--data", str(folder / "data")]
-    with (
-        open(folder / "log", "a") as log,
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            yield Program(process.stdout.readline().strip(), folder / "data", folder / "log")
-        finally:
-            process.terminate()
-            assert process.wait(15) == 0
-    assert "Traceback" not in (folder / "log").read_text()
+    data = tmp_path_factory.mktemp("program") / "data"
+    with serving(data, requests_logged=True, stop_within=15) as server:
+        yield Program(server, data)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs a command line in a folder of the test's own, without this machine's settings for it."""
+    """Return a function that runs a command in the test's folder, without the settings of this machine."""
 
     def run(command: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         environment |= {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C.UTF-8"}
@@ -132,8 +116,8 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def test_the_clients_are_there() -> None:
-    """What is missing is to be installed, not passed over."""
+def test_clients_are_installed() -> None:
+    """Fail, instead of skipping tests, if a client is missing."""
     wanted = ("curl", "wget", "aria2c", "rclone", "ccache", "gcc", "mvn", "dpkg-deb", "apt-get")
     assert [name for name in wanted if shutil.which(name) is None] == []
 
@@ -142,15 +126,15 @@ def test_the_clients_are_there() -> None:
 
 
 @pytest.mark.parametrize("command", ["curl -sS -C - -O", "wget -q -c"])
-def test_a_download_is_resumed_and_then_left_alone(
+def test_download_is_resumed_and_then_not_repeated(
     program: Program, run: Run, tmp_path: Path, command: str
 ) -> None:
     directory = f"resumed-{command.split()[0]}"
-    program.put(f"{directory}/file", SOME)
-    (tmp_path / "file").write_bytes(SOME[:1_000_000])
+    program.put(f"{directory}/file", LARGE_BODY)
+    (tmp_path / "file").write_bytes(LARGE_BODY[:1_000_000])
     for _ in range(2):
         run(f"{command} {program.url}{directory}/file")
-        assert (tmp_path / "file").read_bytes() == SOME
+        assert (tmp_path / "file").read_bytes() == LARGE_BODY
     program.wait_for(directory, "GET 206 file", "GET 416 file")
 
 
@@ -160,14 +144,14 @@ def test_curl_keeps_a_copy_current_by_etag(program: Program, run: Run, tmp_path:
     assert run(command).stdout == "200"
     assert run(command).stdout == "304"
     assert (tmp_path / "out").read_bytes() == b"one"
-    program.put("etag/file", b"two")  # within the same second
+    program.put("etag/file", b"two")  # within the second of the first push
     assert run(command).stdout == "200"
     assert (tmp_path / "out").read_bytes() == b"two"
 
 
 def test_curl_keeps_a_copy_current_by_time(program: Program, run: Run, tmp_path: Path) -> None:
     command = f"curl -fsS -R -z out -o out -w %{{http_code}} {program.url}curl-z/file"
-    program.drop("curl-z/file", b"one")
+    program.add_file("curl-z/file", b"one")
     assert run(command).stdout == "200"
     assert (tmp_path / "out").stat().st_mtime == int(YESTERDAY)
     assert run(command).stdout == "304"
@@ -177,7 +161,9 @@ def test_curl_keeps_a_copy_current_by_time(program: Program, run: Run, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["plain.tar.gz", "ünïcode ☃.txt", "semi;colon, 'quote'.txt"])
-def test_curl_saves_under_the_name_it_is_told(program: Program, run: Run, tmp_path: Path, name: str) -> None:
+def test_curl_saves_under_the_announced_name(
+    program: Program, run: Run, tmp_path: Path, name: str
+) -> None:
     program.put(f"curl-oj/1.0/{name}", b"content")
     run(f"curl -fsS -OJ {program.url}curl-oj/1.0/{quote(name)}?no=name")
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -185,7 +171,7 @@ def test_curl_saves_under_the_name_it_is_told(program: Program, run: Run, tmp_pa
 
 def test_wget_fetches_only_what_is_newer(program: Program, run: Run, tmp_path: Path) -> None:
     command = f"wget -q -N {program.url}wget-n/file"
-    program.drop("wget-n/file", b"one")
+    program.add_file("wget-n/file", b"one")
     run(command)
     run(command)
     assert (tmp_path / "file").read_bytes() == b"one"
@@ -197,18 +183,18 @@ def test_wget_fetches_only_what_is_newer(program: Program, run: Run, tmp_path: P
 
 def test_aria2_fetches_in_segments_and_verifies(program: Program, run: Run, tmp_path: Path) -> None:
     command = f"aria2c --no-conf -q -x4 -s4 -k1M --allow-overwrite=true {program.url}aria2/file"
-    program.put("aria2/file", SOME)
+    program.put("aria2/file", LARGE_BODY)
     run(command)
-    assert (tmp_path / "file").read_bytes() == SOME
+    assert (tmp_path / "file").read_bytes() == LARGE_BODY
     program.wait_for("aria2", *["GET 206 file"] * 3)
     program.damage("aria2/file")
     run(command, status=32)
 
 
-# -- those that read the HTML listing --
+# -- clients that read the HTML listing --
 
 
-def test_wget_mirrors_a_directory_and_nothing_else(program: Program, run: Run, tmp_path: Path) -> None:
+def test_wget_mirrors_only_the_directory(program: Program, run: Run, tmp_path: Path) -> None:
     files = {"a.txt": b"a", "1.0/b c.bin": b"b", "1.0/deep/ü 100%#?&.txt": b"c", "empty": b""}
     for name, content in files.items():
         program.put(f"wget-r/{name}", content)
@@ -221,7 +207,7 @@ def test_wget_mirrors_a_directory_and_nothing_else(program: Program, run: Run, t
 
 
 def test_rclone_copies_a_directory(program: Program, run: Run, tmp_path: Path) -> None:
-    files = {"a.txt": b"a", "b c.bin": SOME, "ü%20#?&.txt": b"c"}
+    files = {"a.txt": b"a", "b c.bin": LARGE_BODY, "ü%20#?&.txt": b"c"}
     for name, content in files.items():
         program.put(f"rclone/{name}", content)
     options = f"--http-url {program.url}rclone/ --http-headers Accept,text/html"
@@ -232,7 +218,7 @@ def test_rclone_copies_a_directory(program: Program, run: Run, tmp_path: Path) -
 
 
 def wheel(path: Path) -> bytes:
-    """A wheel of one module, `tiny`."""
+    """Write a wheel with one module, `tiny`, and return its bytes."""
     files = {
         "tiny.py": "ANSWER = 42\n",
         "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
@@ -254,12 +240,12 @@ def test_pip_installs_from_the_listing_and_enforces_its_hashes(
     program.put("wheels/tiny-1.0-py3-none-any.whl", wheel(tmp_path / "made.whl"))
     pip = f"{shlex.quote(sys.executable)} -m pip install -q --disable-pip-version-check --no-cache-dir"
     command = f"{pip} --no-index --find-links {program.url}wheels/ tiny --target"
-    run(f"{command} there", PIP_CONFIG_FILE=os.devnull)
-    assert (tmp_path / "there/tiny.py").read_text() == "ANSWER = 42\n"
+    run(f"{command} installed", PIP_CONFIG_FILE=os.devnull)
+    assert (tmp_path / "installed/tiny.py").read_text() == "ANSWER = 42\n"
     program.damage("wheels/tiny-1.0-py3-none-any.whl")
-    refused = run(f"{command} not-there", status=1, PIP_CONFIG_FILE=os.devnull)
+    refused = run(f"{command} refused", status=1, PIP_CONFIG_FILE=os.devnull)
     assert "DO NOT MATCH THE HASHES" in refused.stderr
-    assert not (tmp_path / "not-there").exists()
+    assert not (tmp_path / "refused").exists()
 
 
 # -- compiler caches --
@@ -269,12 +255,12 @@ def test_pip_installs_from_the_listing_and_enforces_its_hashes(
     ("layout", "ids"),
     [("flat", "[0-9a-z]{30,}"), ("subdirs", "[0-9a-z]{2}/[0-9a-z]{28,}"), ("bazel", "ac/[0-9a-f]{64}")],
 )
-def test_ccache_shares_what_was_compiled(
+def test_ccache_shares_compiled_objects(
     program: Program, run: Run, tmp_path: Path, layout: str, ids: str
 ) -> None:
     (tmp_path / "tiny.c").write_text("int answer(void) { return 42; }\n")
     objects = []
-    for cache in ("first", "second"):  # two machines, as it were
+    for cache in ("first", "second"):  # the caches of two machines
         settings = {
             "CCACHE_DIR": str(tmp_path / cache),
             "CCACHE_REMOTE_STORAGE": f"{program.url}ccache-{layout}|layout={layout}",
@@ -282,8 +268,8 @@ def test_ccache_shares_what_was_compiled(
         run("ccache gcc -c tiny.c -o tiny.o", **settings)
         objects.append((tmp_path / "tiny.o").read_bytes())
         (tmp_path / "tiny.o").unlink()
-        told = run("ccache --print-stats", **settings).stdout
-        stats = dict(line.split("\t") for line in told.splitlines())
+        printed = run("ccache --print-stats", **settings).stdout
+        stats = dict(line.split("\t") for line in printed.splitlines())
         assert stats["remote_storage_error"] == "0"
         assert (int(stats["remote_storage_hit"]) > 0) == (cache == "second")
     assert objects[0] == objects[1]
@@ -294,14 +280,14 @@ def test_ccache_shares_what_was_compiled(
 
 def test_requests_of_sccache_over_webdav(program: Program) -> None:
     folders = ("webdav/1/d/e/", "webdav/1/d/", "webdav/1/", "webdav/", "")
-    with Requests(program.url) as requests:
-        assert requests.ask("GET", "webdav/1/d/e/1dea")[0] == 404
-        for folder in folders:  # up to the first that is there
-            assert requests.ask("PROPFIND", folder, Depth="0")[0] == 404
+    with program.requests() as requests:
+        assert requests.status_and_body("GET", "webdav/1/d/e/1dea")[0] == 404
+        for folder in folders:  # up to the first folder that exists
+            assert requests.status_and_body("PROPFIND", folder, Depth="0")[0] == 404
         for folder in reversed(folders):
-            assert requests.ask("MKCOL", folder)[0] in (201, 405)
-        assert requests.ask("PUT", "webdav/1/d/e/1dea", b"object")[0] == 201
-        assert requests.ask("GET", "webdav/1/d/e/1dea") == (200, b"object")
+            assert requests.status_and_body("MKCOL", folder)[0] in (201, 405)
+        assert requests.status_and_body("PUT", "webdav/1/d/e/1dea", b"object")[0] == 201
+        assert requests.status_and_body("GET", "webdav/1/d/e/1dea") == (200, b"object")
 
 
 # -- build tools --
@@ -309,42 +295,43 @@ def test_requests_of_sccache_over_webdav(program: Program) -> None:
 
 def test_requests_of_a_gradle_build_cache(program: Program) -> None:
     path, kind = "gradle/f469a6102a77d2c806fb1191c0a82b26", "application/vnd.gradle.build-cache-artifact.v1"
-    with Requests(program.url) as requests:
-        assert requests.ask("GET", path, Accept=f"{kind}, */*")[0] == 404
-        assert requests.ask("PUT", path, SOME, Content_Type=kind)[0] == 201
-        assert requests.ask("GET", path, Accept=f"{kind}, */*") == (200, SOME)
-        assert requests.ask("PUT", path, b"of another build", Content_Type=kind)[0] == 200
+    with program.requests() as requests:
+        assert requests.status_and_body("GET", path, Accept=f"{kind}, */*")[0] == 404
+        assert requests.status_and_body("PUT", path, LARGE_BODY, Content_Type=kind)[0] == 201
+        assert requests.status_and_body("GET", path, Accept=f"{kind}, */*") == (200, LARGE_BODY)
+        assert requests.status_and_body("PUT", path, b"of another build", Content_Type=kind)[0] == 200
 
 
 def test_requests_of_a_bazel_remote_cache(program: Program) -> None:
-    action, output = f"bazel/ac/{'a' * 64}", f"bazel/cas/{hashlib.sha256(SOME).hexdigest()}"
-    with Requests(program.url) as requests:
-        assert requests.ask("GET", action)[0] == 404
-        assert requests.ask("PUT", output, SOME)[0] == 201
-        assert requests.ask("PUT", action, b"result")[0] == 201
-        before = requests.ask("GET", f"{output}?versions")
-        assert requests.ask("PUT", output, SOME)[0] == 200
-        assert requests.ask("GET", f"{output}?versions") == before
-        assert requests.ask("GET", action) == (200, b"result")
-        assert requests.ask("GET", output) == (200, SOME)
+    action, output = f"bazel/ac/{'a' * 64}", f"bazel/cas/{sha256(LARGE_BODY)}"
+    with program.requests() as requests:
+        assert requests.status_and_body("GET", action)[0] == 404
+        assert requests.status_and_body("PUT", output, LARGE_BODY)[0] == 201
+        assert requests.status_and_body("PUT", action, b"result")[0] == 201
+        before = requests.status_and_body("GET", f"{output}?versions")
+        assert requests.status_and_body("PUT", output, LARGE_BODY)[0] == 200
+        assert requests.status_and_body("GET", f"{output}?versions") == before
+        assert requests.status_and_body("GET", action) == (200, b"result")
+        assert requests.status_and_body("GET", output) == (200, LARGE_BODY)
 
 
 def test_requests_of_a_terraform_state(program: Program) -> None:
-    """With `update_method = "PUT"`."""
+    """Send what Terraform sends with `update_method = "PUT"`."""
     path = "terraform/app.tfstate"
-    with Requests(program.url) as requests:
-        assert requests.ask("GET", path)[0] == 404  # no state yet
+    with program.requests() as requests:
+        assert requests.status_and_body("GET", path)[0] == 404  # no state yet
         for serial, status in ((1, 201), (2, 200)):
             state = json.dumps({"version": 4, "serial": serial}).encode()
             fields = {"Content_MD5": base64.b64encode(hashlib.md5(state).digest()).decode()}
-            answer = requests.ask("PUT", f"{path}?ID=6d1c", state, Content_Type="application/json", **fields)
+            fields |= {"Content_Type": "application/json"}
+            answer = requests.status_and_body("PUT", f"{path}?ID=6d1c", state, **fields)
             assert answer[0] == status
-            assert requests.ask("GET", path) == (200, state)
-        assert requests.ask("DELETE", path)[0] in (200, 204)
+            assert requests.status_and_body("GET", path) == (200, state)
+        assert requests.status_and_body("DELETE", path)[0] in (200, 204)
 
 
 def test_maven_deploys_and_resolves(program: Program, run: Run, tmp_path: Path) -> None:
-    """Two builds of a snapshot, then one that needs it; with the plugins that Debian packages."""
+    """Deploy a snapshot twice, then build a project that needs it, with the plugins that Debian packages."""
     url = f"{program.url}maven"
     project = "<project><modelVersion>4.0.0</modelVersion>{}<packaging>pom</packaging></project>"
     base = "<groupId>org.example</groupId><artifactId>base</artifactId><version>1-SNAPSHOT</version>"
@@ -359,7 +346,7 @@ def test_maven_deploys_and_resolves(program: Program, run: Run, tmp_path: Path) 
         "<settings><mirrors><mirror><id>debian</id><mirrorOf>central</mirrorOf>"
         "<url>file:///usr/share/maven-repo</url></mirror></mirrors></settings>"
     )
-    settings = {"MAVEN_OPTS": "-XX:TieredStopAtLevel=1"}  # starts faster
+    settings = {"MAVEN_OPTS": "-XX:TieredStopAtLevel=1"}  # a faster start
     maven = "mvn -B -q -s settings.xml -Dmaven.repo.local="
     for _ in range(2):
         run(f"{maven}m2 deploy -DaltDeploymentRepository=artefacts::{url}", **settings)
@@ -374,7 +361,7 @@ def test_maven_deploys_and_resolves(program: Program, run: Run, tmp_path: Path) 
 
 
 def test_apt_reads_a_flat_repository(program: Program, run: Run, tmp_path: Path) -> None:
-    """Below a root of its own: nothing of this machine's is read or changed."""
+    """Give apt a root directory of its own, so that it reads and changes nothing of this machine."""
     control = (
         "Package: tiny-artefact\nVersion: 1.0\nArchitecture: all\n"
         "Maintainer: Nobody <nobody@example.org>\nDescription: tiny\n"
@@ -383,7 +370,7 @@ def test_apt_reads_a_flat_repository(program: Program, run: Run, tmp_path: Path)
     (tmp_path / "tiny/DEBIAN/control").write_text(control)
     run("dpkg-deb --build --root-owner-group tiny tiny.deb")
     package = (tmp_path / "tiny.deb").read_bytes()
-    digest = hashlib.sha256(package).hexdigest()
+    digest = sha256(package)
     index = f"{control}Filename: pool/tiny.deb\nSize: {len(package)}\nSHA256: {digest}\n"
     program.put("apt/pool/tiny.deb", package)
     program.put("apt/Packages", index.encode())

@@ -1,5 +1,8 @@
-"""What happens is what one request after the other would do: a sequential model, and histories of many
-clients at two servers on one data directory that are checked against it."""
+"""Check that two servers on one data directory behave like one sequential server.
+
+A model says what each request does. Sequences of requests, and histories of concurrent clients, are compared
+with it.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from support import PATIENCE, Answer, Client, Server, serving, sha256
+from support import PATIENCE, Answer, Client, Server, keep, serving, sha256
 
 from artefacts import ALL, Artefact, version_time
 
+__all__ = ["keep"]  # the fixture
+
 T = TypeVar("T")
 
-# == The sequential model, of one artefact ========================================================
+# == The sequential model of one artefact =========================================================
 
 
 class Stored(NamedTuple):
@@ -33,27 +38,30 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """`kept`: the earlier versions, oldest first."""
+    """The current artefact and its earlier versions, oldest first."""
 
     current: Stored | None = None
-    kept: tuple[Stored, ...] = ()
+    earlier: tuple[Stored, ...] = ()
 
     @property
     def versions(self) -> tuple[Stored, ...]:
-        return self.kept + ((self.current,) if self.current else ())
+        return self.earlier + ((self.current,) if self.current else ())
 
     def find(self, version: str) -> Stored | None:
         return next((stored for stored in self.versions if stored.version == version), None)
 
     def replaced(self, new: Stored | None, keep: int) -> State:
-        """With another current one, or none; what is earlier than the newest `keep` is gone."""
+        """Return the state after a commit: at most `keep` earlier versions are left."""
         return State(new, self.versions[-keep:] if keep else ())
 
 
 @dataclass(frozen=True)
 class Request:
-    """`kind`: PUT, POST, DELETE, GET; restore, erase, fetch (of `version`); at (`version`, as an instant);
-    erase all; versions; clear (deleting the directory), listed (what its listing says of the artefact)."""
+    """A request for one artefact.
+
+    `kind` is PUT, POST, DELETE or GET; restore, erase or fetch (of `version`); at (the instant of `version`);
+    erase all; versions; clear (delete the directory); listed (the artefact's row in the listing).
+    """
 
     kind: str
     id: str
@@ -61,8 +69,8 @@ class Request:
     version: str = ""
     condition: tuple[str, str] | None = None  # a field, and "*" or a digest
 
-    def may(self, current: Stored | None) -> bool:
-        """Whether the precondition holds (RFC 9110 §13.1)."""
+    def is_allowed(self, current: Stored | None) -> bool:
+        """Return whether the precondition holds (RFC 9110 §13.1)."""
         if self.condition is None:
             return True
         field, wanted = self.condition
@@ -74,12 +82,14 @@ class Request:
 class Result:
     status: int
     stored: Stored | None = None
-    rows: tuple[tuple[Stored, bool], ...] = ()  # of ?versions: each with whether it is current
+    rows: tuple[tuple[Stored, bool], ...] = ()  # of ?versions: (version, is it current?)
 
 
 def after(state: State, request: Request, got: Result, keep: int) -> State | None:
-    """The state after this request, None where it cannot have got this result in this state. Which name
-    a new version gets is the server's choice: it is later than those that are there."""
+    """Return the state after this request, or None if it cannot have got this result in this state.
+
+    The server chooses the name of a new version. It must be later than all versions of the artefact.
+    """
     current = state.current
 
     def when(*expected: object, then: State = state) -> State | None:
@@ -96,37 +106,39 @@ def after(state: State, request: Request, got: Result, keep: int) -> State | Non
         return state.replaced(new, keep)
 
     if request.kind == "PUT":
-        return stores(sha256(request.body), 200 if current else 201) if request.may(current) else when(412)
+        if not request.is_allowed(current):
+            return when(412)
+        return stores(sha256(request.body), 200 if current else 201)
     if request.kind == "POST":
         if current is not None:
             return when(409)
-        return stores(sha256(request.body), 201) if request.may(current) else when(412)
+        return stores(sha256(request.body), 201) if request.is_allowed(current) else when(412)
     if request.kind == "DELETE":
         if current is None:
             return when(404)
-        return when(204, then=state.replaced(None, keep)) if request.may(current) else when(412)
+        return when(204, then=state.replaced(None, keep)) if request.is_allowed(current) else when(412)
     if request.kind == "restore":
         version = state.find(request.version)
         if version is None:
             return when(404)
-        return stores(version.digest, 201) if request.may(current) else when(412)
+        return stores(version.digest, 201) if request.is_allowed(current) else when(412)
     if request.kind == "erase":
         if state.find(request.version) is None:
             return when(404)
         if current is not None and current.version == request.version:
             return when(409)
-        kept = tuple(stored for stored in state.kept if stored.version != request.version)
-        return when(204, then=replace(state, kept=kept))
+        earlier = tuple(stored for stored in state.earlier if stored.version != request.version)
+        return when(204, then=replace(state, earlier=earlier))
     if request.kind == "erase all":
         if not state.versions:
             return when(404)
-        return when(204, then=State()) if request.may(current) else when(412)
+        return when(204, then=State()) if request.is_allowed(current) else when(412)
     if request.kind == "clear":
         return when(404) if got.status == 404 and not state.versions else when(204, then=State())
     if request.kind == "versions":
         rows = tuple((stored, stored == current) for stored in reversed(state.versions))
         return state if got == Result(200 if rows else 404, None, rows) else None
-    found = current  # of GET, and of listed
+    found = current  # GET and listed
     if request.kind == "fetch":
         found = state.find(request.version)
     elif request.kind == "at":
@@ -138,7 +150,7 @@ def after(state: State, request: Request, got: Result, keep: int) -> State | Non
 
 
 def perform(client: Client, directory: str, request: Request) -> Result:
-    """Sends it, and checks of every body that its ETag is its digest."""
+    """Send a request and return its result. Assert that the ETag of each body is its digest."""
     version = request.version
     query = {
         "restore": f"?restore={version}", "erase": f"?version={version}", "erase all": "?versions",
@@ -159,7 +171,7 @@ def perform(client: Client, directory: str, request: Request) -> Result:
 
 
 def stored_of(answer: Answer) -> Stored:
-    """What an answer says it is of."""
+    """Return the version and the digest that a response names."""
     etag, version = answer.fields["ETag"], answer.fields["Artefact-Version"]
     if "Repr-Digest" in answer.fields:
         assert etag == f'"{sha256(answer.body)}"', "a torn or mixed body"
@@ -173,7 +185,7 @@ def instant(version: str) -> str:
 
 
 def shifted(version: str, by: int) -> str:
-    """The version's name, some microseconds later."""
+    """Return the name of the version that is `by` microseconds later."""
     return Artefact("", "", 0, version_time(version) + by, "", None).version
 
 
@@ -185,14 +197,9 @@ def listed(client: Client, directory: str) -> dict[str, Stored] | None:
     return {row["id"]: Stored(row["version"], row["sha256"]) for row in answer.json["artefacts"]}
 
 
-@pytest.fixture(scope="module", params=["0", "2", "all"])
-def keep(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def servers(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """Two on one data directory."""
+    """Run two servers on one data directory."""
     data = tmp_path_factory.mktemp("data")
     with serving(data, "--keep-versions", keep) as one, serving(data, "--keep-versions", keep) as other:
         yield one, other
@@ -207,7 +214,7 @@ numbers = itertools.count()
 
 
 class OneByOne(RuleBasedStateMachine):
-    """Every answer, whichever of the two servers gives it, is the model's."""
+    """Send one request after the other to either server, and compare each result with the model."""
 
     clients: tuple[Client, Client]
     keep: int
@@ -220,6 +227,7 @@ class OneByOne(RuleBasedStateMachine):
         self.seen: dict[str, list[str]] = defaultdict(lambda: ["20200101T000000.000000Z"])
 
     def check(self, server: int, request: Request) -> None:
+        """Send a request and assert that the model allows its result."""
         state = self.states[request.id]
         if request.condition is not None and request.condition[1] != "*":
             digest = state.current.digest if state.current else "0" * 64
@@ -283,7 +291,7 @@ class OneByOne(RuleBasedStateMachine):
         assert found == expected
 
     @invariant()
-    def both_tell_the_state(self) -> None:
+    def both_servers_show_the_state(self) -> None:
         touched = sorted(self.touched)
         for server, client in enumerate(self.clients):
             expected = {id: state.current for id, state in self.states.items() if state.current}
@@ -294,7 +302,7 @@ class OneByOne(RuleBasedStateMachine):
         self.touched.clear()
 
     def version(self, id: str, nth: int) -> str:
-        """One that there was, or, rarely, none."""
+        """Return a version that was stored, or, rarely, one that never existed."""
         return self.seen[id][-1 - nth % len(self.seen[id])]
 
 
@@ -312,11 +320,11 @@ def number_of(keep: str) -> int:
     return ALL if keep == "all" else int(keep)
 
 
-# == Many at once =================================================================================
+# == Concurrent ===================================================================================
 
 
 class Event(NamedTuple):
-    """A request and its result; it took effect at one instant between the two times (ns)."""
+    """A request and its result. It took effect at one instant between the two times, in ns."""
 
     start: int
     end: int
@@ -333,20 +341,23 @@ class Event(NamedTuple):
 
 
 def unexplained(history: list[Event], keep: int) -> str:
-    """Looks for an order in which the model gives these results, each request at an instant between its
-    start and its end (Wing and Gong; what was tried is remembered, after Lowe). Nothing if there is
-    one; else a state that can be reached, and what must come next and cannot.
+    """Search for an order of the requests in which the model gives these results.
 
-    What a commit prunes goes at an instant of its own, later than the commit's but before its answer:
-    readers take no lock, and may find it for so long."""
-    events: list[tuple[Event, int]] = []  # with the place of the commit, for its pruning, else -1
+    Each request takes effect at one instant between its start and its end (the search of Wing and Gong; tried
+    states are remembered, after Lowe). Return "" if there is such an order. Otherwise return a state that can
+    be reached, and the requests of which none can follow.
+
+    The pruning of a commit takes effect at an instant of its own, after the commit but before its response:
+    readers take no lock and may find a pruned version until then.
+    """
+    events: list[tuple[Event, int]] = []  # a pruning has the place of its commit, a request has -1
     for event in sorted(history):
         events.append((event, -1))
         if 0 < keep < ALL and event.prunes():
             events.append((event, len(events) - 1))
     everything = (1 << len(events)) - 1
     tried = {(0, State())}
-    stack = [(0, State())]  # which events have taken effect, and the state then
+    stack = [(0, State())]  # events that have taken effect (bits), and the state after them
     best = 0, State()
     while stack:
         done, state = stack.pop()
@@ -359,13 +370,13 @@ def unexplained(history: list[Event], keep: int) -> str:
             event, commit = events[place]
             if done >> place & 1:
                 continue
-            if event.start > ends:  # one that is not yet done had ended before this one began
+            if event.start > ends:  # a pending event ended before this one began
                 break
             ends = min(ends, event.end)
             if commit < 0:
                 then = after(state, event.request, event.result, ALL if keep else 0)
             else:
-                then = replace(state, kept=state.kept[-keep:]) if done >> commit & 1 else None
+                then = replace(state, earlier=state.earlier[-keep:]) if done >> commit & 1 else None
             if then is not None and (step := (done | 1 << place, then)) not in tried:
                 tried.add(step)
                 stack.append(step)
@@ -383,26 +394,26 @@ TWO_PUT = Event(3, 6, Request("PUT", "x", b"2", condition=("If-Match", ONE.diges
     [
         (Event(4, 5, Request("GET", "x"), Result(200, ONE)), True),
         (Event(4, 5, Request("GET", "x"), Result(200, TWO)), True),
-        (Event(7, 8, Request("GET", "x"), Result(200, ONE)), False),  # it was replaced
+        (Event(7, 8, Request("GET", "x"), Result(200, ONE)), False),  # it had been replaced
         (Event(4, 5, Request("GET", "x"), Result(404)), False),  # it was never missing
         (Event(4, 5, Request("GET", "x"), Result(200, Stored(TWO.version, ONE.digest))), False),
         (Event(4, 5, TWO_PUT.request, Result(412)), True),
-        (Event(4, 5, TWO_PUT.request, Result(200, TWO)), False),  # two cannot win
+        (Event(4, 5, TWO_PUT.request, Result(200, TWO)), False),  # only one can win
         (Event(4, 5, Request("DELETE", "x"), Result(204)), True),
-        (Event(2, 2, Request("DELETE", "x"), Result(204)), False),  # then there was nothing to match
+        (Event(2, 2, Request("DELETE", "x"), Result(204)), False),  # then If-Match had nothing to match
         (Event(4, 9, Request("versions", "x"), Result(200, None, ((TWO, True), (ONE, False)))), True),
         (Event(4, 9, Request("versions", "x"), Result(200, None, ((TWO, True),))), False),
     ],
 )
-def test_the_search_itself(more: Event, explained: bool) -> None:
+def test_search_for_an_order(more: Event, explained: bool) -> None:
     assert (unexplained([ONE_PUT, TWO_PUT, more], 9) == "") == explained
 
 
 CLIENTS, REQUESTS = 6, 50
 
 
-def at_random(client: Client, directory: str, name: str, chance: random.Random) -> Iterator[Event]:
-    """What one client does, on the strength of what it saw last."""
+def send_at_random(client: Client, directory: str, name: str, chance: random.Random) -> Iterator[Event]:
+    """Send random requests that refer to what this client saw last."""
     seen: dict[str, list[Stored]] = defaultdict(lambda: [Stored("20200101T000000.000000Z", "0" * 64)])
     kinds = ["PUT"] * 5 + ["GET"] * 3 + ["POST", "DELETE", "restore", "versions", "listing", "fetch", "erase"]
     for number in range(REQUESTS):
@@ -433,7 +444,7 @@ def at_random(client: Client, directory: str, name: str, chance: random.Random) 
 
 
 def at_once(servers: tuple[Server, Server], work: Callable[[Client, int], T]) -> list[T]:
-    """What each of CLIENTS clients comes to, half of them at each server, all beginning together."""
+    """Let CLIENTS clients work, half of them at each server, from the same moment. Return the results."""
 
     def run(number: int) -> T:
         with servers[number % 2].client() as client:
@@ -447,10 +458,10 @@ def at_once(servers: tuple[Server, Server], work: Callable[[Client, int], T]) ->
 
 @pytest.mark.parametrize("seed", range(3))
 def test_many_at_once(servers: tuple[Server, Server], keep: str, seed: int) -> None:
-    """There is an order of all requests, in keeping with their times, in which each result is right."""
+    """Find an order of all requests, within their times, in which the model gives each result."""
 
     def work(client: Client, number: int) -> list[Event]:
-        return list(at_random(client, directory, f"{seed}-{number}", random.Random(f"{seed} {number}")))
+        return list(send_at_random(client, directory, f"{seed}-{number}", random.Random(f"{seed} {number}")))
 
     directory = f"many{seed}"
     events = list(itertools.chain(*at_once(servers, work)))
@@ -460,16 +471,16 @@ def test_many_at_once(servers: tuple[Server, Server], keep: str, seed: int) -> N
             events.append(Event(start, time.monotonic_ns(), request, perform(client, directory, request)))
     for id in IDS[:2]:
         history = [event for event in events if event.request.id == id]
-        told = unexplained(history, number_of(keep))
-        assert not told, told
+        explanation = unexplained(history, number_of(keep))
+        assert not explanation, explanation
         contents = defaultdict(set)
         for stored in {event.result.stored for event in history if event.result.stored}:
             contents[stored.version].add(stored.digest)
-        assert all(len(digests) == 1 for digests in contents.values()), "a version's name was used twice"
+        assert all(len(digests) == 1 for digests in contents.values()), "two contents had one version name"
 
 
 def test_increments_are_not_lost(servers: tuple[Server, Server], keep: str) -> None:
-    """A counter, fetched, increased and put back where it is still what it was."""
+    """Fetch a counter and put it back increased, with If-Match."""
 
     def work(client: Client, number: int) -> int:
         for _ in range(increments):
@@ -514,6 +525,6 @@ def test_of_many_exactly_one_wins(servers: tuple[Server, Server], keep: str, met
             etag = servers[1].ask("PUT", path, b"second").fields["ETag"]
         statuses = at_once(servers, work)
         if method == "restore" and keep == "0":
-            assert set(statuses) == {404}  # it is gone
+            assert set(statuses) == {404}  # no version is kept
             continue
         assert statuses.count(winner) == 1 and set(statuses) - {winner} <= losers, statuses

@@ -1,5 +1,7 @@
-"""What the program opens while hostile requests and planted links are thrown at it (strace), and that it
-works behind the two reverse proxies of the README (nginx, Caddy), with TLS (openssl, curl)."""
+"""Check which files the program opens under hostile requests and planted links (strace).
+
+Check also that it works behind the reverse proxies of the README (nginx, Caddy), with TLS (openssl, curl).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,7 @@ from test_artefacts import (
     PROGRAM,
     QUERIES,
     READER,
+    SECRET,
     TARGETS,
     TOKENS,
     V1,
@@ -43,26 +46,28 @@ from test_artefacts import (
     head,
     put,
     sha256,
+    state_of,
+    write_secrets,
 )
 
-SECRET = b"not for you"
-
-# == What is opened ===============================================================================
+# == Opened files =================================================================================
 
 CALL = re.compile(r"(\w+)\((.*)\) += (-?\d+)(?:<(.*)>)?.*")
 NAMED = re.compile(r'(?:\d+|AT_FDCWD)<([^>]*)>(?:\(deleted\))?, (?:"((?:[^"\\]|\\.)*)"|NULL)')
 LOOKING = {"newfstatat", "statx", "faccessat", "faccessat2", "readlinkat"}
 CHANGING = {"mkdirat", "unlinkat", "renameat", "renameat2", "linkat", "utimensat"}
-# Modules that the interpreter imports when they are first needed; it looks for them on its path.
-# The C library looks whether the time zone is still the same, and how generous the kernel is with memory.
+# The interpreter imports some modules late and searches its path for them. The C library checks whether the
+# time zone has changed, and reads the kernel's overcommit setting.
 FOLDERS = (sys.prefix, sys.base_prefix, PROGRAM.parent, "/etc/localtime", "/proc/sys/vm/overcommit_memory")
-FOREIGN = tuple({f"{os.path.abspath(folder)}/" for folder in FOLDERS})
+SYSTEM_PATHS = tuple({f"{os.path.abspath(folder)}/" for folder in FOLDERS})
 
 
 @contextlib.contextmanager
 def traced(program: Program, folder: Path) -> Iterator[None]:
-    """Writes the calls that name files, from now until the program ends, to a file for each thread.
-    The delays widen the gap between a look and what follows from it."""
+    """Write the system calls that name files to one file per thread, until the program ends.
+
+    The delays widen the gap between a check and the use of the checked name.
+    """
     options = "-ff -y -q -s 5000 -e trace=%file -e inject=openat,renameat,linkat,utimensat:delay_enter=100"
     command = ["strace", *options.split(" "), "-o", str(folder / "calls"), "-p", str(program.process.pid)]
     folder.mkdir()
@@ -74,20 +79,20 @@ def traced(program: Program, folder: Path) -> Iterator[None]:
         strace.communicate(timeout=20)
 
 
-def outside(line: str, data: str) -> bool:
-    """Whether a call reached what is not below `data`, or could have reached it through a link."""
+def leaves_data(line: str, data: str) -> bool:
+    """Return whether a call reached something outside `data`, or could have through a link."""
     match = CALL.fullmatch(line)
     if match is None:
         return not line.startswith(("---", "+++"))
     name, arguments, result, opened = match.groups()
     named: list[tuple[str, str]] = NAMED.findall(arguments)
-    if named and all(f"{path}/".startswith(FOREIGN) for _, path in named):
+    if named and all(f"{path}/".startswith(SYSTEM_PATHS) for _, path in named):
         return name not in LOOKING and "O_RDONLY" not in arguments
-    if name in ("mkdir", "statfs"):  # of the data directory, or of our own in it; mkdir follows no link
+    if name in ("mkdir", "statfs"):  # the data directory or a folder of the repository; mkdir follows no link
         return re.match(rf'"{re.escape(data[:-1])}(/\.\w+)?"', arguments) is None
-    if name in LOOKING and "AT_EMPTY_PATH" in arguments:  # of an open file
+    if name in LOOKING and "AT_EMPTY_PATH" in arguments:  # an open file
         return False
-    # the data directory by its path, or a name in it, or a name in an open folder of it: never a longer way
+    # Allowed: the data directory by its path, a name in it, or a name in an open folder below it.
     named = [(data, f"{path}/".removeprefix(data)[:-1]) if path[:1] == "/" else (folder, path)
              for folder, path in named]  # fmt: skip
     within = [f"{folder}/".startswith(data) and "/" not in path and path != ".." for folder, path in named]
@@ -95,24 +100,17 @@ def outside(line: str, data: str) -> bool:
         return True
     if name == "openat":
         return "O_NOFOLLOW" not in arguments or (int(result) >= 0 and not f"{opened}/".startswith(data))
-    if name in LOOKING or name == "utimensat":  # without a name: the folder itself
+    if name in LOOKING or name == "utimensat":  # an empty name means the folder itself
         return bool(named[0][1]) and "AT_SYMLINK_NOFOLLOW" not in arguments
     return name not in CHANGING or "AT_SYMLINK_FOLLOW" in arguments
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Program]:
-    """Traced. In the end: nothing outside its data was opened, or is other than before."""
-    data, beside, trace = tmp_path / "data", tmp_path / "beside", tmp_path / "trace"
-    for name in ("secret", "folder/secret", f"folder/{V1}", "folder/x", "folder/d/x", f"folder/e/x/{V1}"):
-        (beside / name).parent.mkdir(parents=True, exist_ok=True)
-        (beside / name).write_bytes(SECRET)
-
-    def state() -> list[object]:
-        files = sorted((beside, *beside.rglob("*")))
-        return [(file, status.st_mtime_ns, status.st_size) for file in files for status in [file.lstat()]]
-
-    before = state()
+    """Run the program under strace. Assert that it opened and changed nothing outside its data."""
+    data, outside, trace = tmp_path / "data", tmp_path / "outside", tmp_path / "trace"
+    write_secrets(outside)
+    before = state_of(outside)
     program = Program(fill(data, "app"), "--no-fsync", "--keep-versions=5")
     try:
         with traced(program, trace):
@@ -123,11 +121,12 @@ def served(tmp_path: Path) -> Iterator[Program]:
         program.process.wait()
     calls = [line for file in trace.iterdir() for line in file.read_text().splitlines()]
     assert sum(line.startswith("openat") and f"<{data}/" in line for line in calls) > 100
-    assert [line for line in calls if outside(line, f"{data}/")] == []
-    assert state() == before and set(os.listdir(tmp_path)) == {"data", "beside", "trace", program.log.name}
+    assert [line for line in calls if leaves_data(line, f"{data}/")] == []
+    assert state_of(outside) == before
+    assert set(os.listdir(tmp_path)) == {"data", "outside", "trace", program.log.name}
 
 
-def test_no_path_leads_out(served: Program) -> None:
+def test_no_path_leads_outside_the_data_directory(served: Program) -> None:
     for target in TARGETS:
         for method in ("GET", "PUT", "DELETE", "POST"):
             answer = ask(served, f"{method} {target}", MULTIPART, body=form_of(("n", b"1")))
@@ -140,7 +139,7 @@ def test_no_path_leads_out(served: Program) -> None:
 
 
 def requests(directory: str) -> list[bytes]:
-    """All that can be asked of a directory that has x, d/x and a version of each."""
+    """Return every kind of request for a directory that has x, d/x and a version of each."""
     base, form = f"/artefacts/{directory}", form_of(("x", SECRET[::-1]))
     queries = ("", "?versions", f"?version={V1}", "?at=2024-01-01", "?format=tar", "?format=sha256sums")
     found = [put(base + path + query, b"", method="GET") for path in ("", "/x", "/d/x") for query in queries]
@@ -154,14 +153,15 @@ def requests(directory: str) -> list[bytes]:
     return [*found, put(base, form, MULTIPART, method="POST"), put(base, b"", method="DELETE")]
 
 
-def ask_all(program: Program, asked: list[bytes]) -> Iterator[int]:
-    for request in asked:
+def ask_all(program: Program, requests: list[bytes]) -> Iterator[int]:
+    """Yield the status of each request. Assert that no response reveals SECRET."""
+    for request in requests:
         answer = program.ask(request)
         assert SECRET not in answer.body and sha256(SECRET).encode() not in answer.body, request[:80]
         yield answer.status
 
 
-LINKS = [  # a link (@ is a directory of its own), and what outside the data it points to
+LINKS = [  # a link (@: the directory of the case), and its target outside the data
     ("@", "folder"), ("@/x", "secret"), ("@/x", "folder"), ("@/x", "nothing"), ("@/d", "folder"),
     ("@/.versions", "folder"), ("@/.versions/x", "folder"), (f"@/.versions/x/{V1}", "secret"),
     (".locks/@", "secret"), (".locks/@", "nothing"), (".incoming/0-1-0", "secret"),
@@ -169,15 +169,15 @@ LINKS = [  # a link (@ is a directory of its own), and what outside the data it 
 ]  # fmt: skip
 
 
-def test_no_planted_link_leads_out(served: Program, tmp_path: Path) -> None:
-    """Whoever can plant a link may spoil the directory, and no more."""
+def test_no_planted_link_leads_outside(served: Program, tmp_path: Path) -> None:
+    """Plant links in the data: they may spoil the directory, but must not lead outside."""
     for number, (name, target) in enumerate(LINKS):
         directory = f"planted-{number}"
         link, aside = served.data / name.replace("@", directory), served.data / f".aside-{number}"
         fill(served.data, directory, f"{directory}/d")
         if link.exists():
             link.rename(aside)
-        link.symlink_to(tmp_path / "beside" / target)
+        link.symlink_to(tmp_path / "outside" / target)
         assert max(ask_all(served, requests(directory))) < 500
         if link.is_symlink():
             link.unlink()
@@ -193,9 +193,9 @@ PLACES = [
 
 
 def swap(place: Path, target: Path, aside: Path, done: threading.Event) -> None:
-    """What is there, and a link, in turn."""
+    """Replace a file or folder by a link and back, again and again."""
     while not done.wait(0.001):
-        with contextlib.suppress(OSError):  # the requests change it, too
+        with contextlib.suppress(OSError):  # the requests change it too
             place.rename(aside)
             place.symlink_to(target)
             done.wait(0.001)
@@ -207,18 +207,19 @@ def swap(place: Path, target: Path, aside: Path, done: threading.Event) -> None:
 
 
 def swap_in_trash(trash: Path, target: Path, aside: Path, done: threading.Event) -> None:
-    """Each folder below what is being removed, and a link in its place."""
+    """Replace folders in the trash by links while they are being removed."""
     aside.mkdir()
     numbers = itertools.count()
     while not done.wait(0.0001):
-        with contextlib.suppress(OSError, IndexError):  # removed meanwhile
+        with contextlib.suppress(OSError, IndexError):  # already removed
             for removed in trash.iterdir():
                 folder = random.choice([folder for folder in removed.iterdir() if not folder.is_symlink()])
                 folder.rename(aside / str(next(numbers)))
                 folder.symlink_to(target)
 
 
-def at_once(swapping: Callable[[threading.Event], None], work: Callable[[int], None]) -> None:
+def run_while_swapping(swapping: Callable[[threading.Event], None], work: Callable[[int], None]) -> None:
+    """Run the work in two threads while another thread swaps. Raise the error of any of them."""
     done = threading.Event()
     with ThreadPoolExecutor(3) as threads:
         swapped = threads.submit(swapping, done)
@@ -230,33 +231,33 @@ def at_once(swapping: Callable[[threading.Event], None], work: Callable[[int], N
         swapped.result()
 
 
-def test_no_link_swapped_while_requests_run_leads_out(served: Program, tmp_path: Path) -> None:
+def test_no_link_swapped_during_requests_leads_outside(served: Program, tmp_path: Path) -> None:
     for number, name in enumerate(PLACES):
         directory = f"swapped-{number}"
         place, aside = served.data / name.replace("@", directory), served.data / f".aside-{number}"
-        target = tmp_path / "beside" / ("secret" if name[-1] in "xZ" or name == ".locks/@" else "folder")
+        target = tmp_path / "outside" / ("secret" if name[-1] in "xZ" or name == ".locks/@" else "folder")
 
         def work(client: int, directory: str = directory) -> None:
             assert set(ask_all(served, requests(directory)[client:]))
 
         fill(served.data, directory, f"{directory}/d")
-        at_once(lambda done: swap(place, target, aside, done), work)  # noqa: B023
+        run_while_swapping(lambda done: swap(place, target, aside, done), work)  # noqa: B023
 
 
-def test_no_link_swapped_while_a_directory_is_removed_leads_out(served: Program, tmp_path: Path) -> None:
+def test_no_link_swapped_during_a_removal_leads_outside(served: Program, tmp_path: Path) -> None:
     def work(client: int) -> None:
         for number in range(5):
             directory = f"removed-{client}-{number}"
             fill(served.data, *(f"{directory}/{folder}" for folder in range(50)))
             ask(served, f"DELETE /artefacts/{directory}")
 
-    folders = served.data / ".trash", tmp_path / "beside/folder", served.data / ".aside"
-    at_once(lambda done: swap_in_trash(*folders, done), work)
+    folders = served.data / ".trash", tmp_path / "outside/folder", served.data / ".aside"
+    run_while_swapping(lambda done: swap_in_trash(*folders, done), work)
 
 
 # == Behind a proxy ===============================================================================
 
-# As they stand in the README; only ports and paths are replaced.
+# The README shows these configurations; the tests replace only ports and paths.
 NGINX = """\
 server {
     listen 443 ssl http2;
@@ -301,7 +302,7 @@ CADDY_FRAME = "{{\n    admin off\n    auto_https disable_redirects\n}}\n{server}
 
 
 class Proxy(NamedTuple):
-    """A running proxy with the program behind it, and curl as its client."""
+    """A running proxy in front of the program, with curl as its client."""
 
     name: str
     program: Program
@@ -313,7 +314,7 @@ class Proxy(NamedTuple):
         return f"https://artefacts.example:{self.port}"
 
     def curl(self, *arguments: str, input: bytes = b"") -> tuple[int, bytes]:
-        """(status, what curl wrote); `@/` in the arguments stands for the origin."""
+        """Run curl and return the status and the body. `@/` in an argument stands for the origin."""
         command = ["curl", "-sS", "-m", "60", "--cacert", "certificate", "-w", "%{stderr}%{http_code}"]
         command += ["--resolve", f"*:{self.port}:127.0.0.1"]
         command += [argument.replace("@/", f"{self.origin}/") for argument in arguments]
@@ -372,12 +373,12 @@ def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield running
 
 
-def test_the_readme_shows_what_is_run_here() -> None:
+def test_readme_shows_the_tested_configurations() -> None:
     readme = (PROGRAM.parent / "README.md").read_text()
     assert NGINX in readme and CADDY in readme
 
 
-def test_bearer_and_basic_pass(proxy: Proxy) -> None:
+def test_bearer_and_basic_pass_the_proxy(proxy: Proxy) -> None:
     (proxy.folder / "f.txt").write_bytes(b"hello")
     bearer, path = ("-H", f"Authorization: Bearer {CI}"), "@/artefacts/app-1/below/f%20%252f%C3%BC.txt"
     assert proxy.curl("-T", "f.txt", path)[0] == 401
@@ -398,7 +399,7 @@ def test_bearer_and_basic_pass(proxy: Proxy) -> None:
     assert proxy.curl(*bearer, "-X", "DELETE", path)[0] == 204
 
 
-def test_the_links_of_listings_and_answers_lead_back(proxy: Proxy) -> None:
+def test_links_lead_back_through_the_proxy(proxy: Proxy) -> None:
     bearer, base = ("-H", f"Authorization: Bearer {CI}"), f"{proxy.origin}/artefacts/app-1/"
     urls = {f"{base}{quote(name)}": name.encode() for name in ("plain.txt", "with space#?.txt", "ü/%2e.txt")}
     for url, content in urls.items():
@@ -414,8 +415,8 @@ def test_the_links_of_listings_and_answers_lead_back(proxy: Proxy) -> None:
     assert status == 303 and "location: /artefacts/\r\n" in shown.decode().lower()
 
 
-def test_an_upload_passes_while_it_is_sent(proxy: Proxy) -> None:
-    """It is not stored by the proxy first: the program has the beginning before the end is sent."""
+def test_upload_is_streamed_through_the_proxy(proxy: Proxy) -> None:
+    """Check that the program has the beginning of an upload before its end is sent."""
     size, token = 40_000_000, f"Authorization: Bearer {CI}"
     for number, (field, start, end) in enumerate((
         (f"Content-Length: {size}", b"", b""), (CHUNKED, b"%x\r\n" % size, b"\r\n0\r\n\r\n"),
@@ -433,16 +434,16 @@ def test_an_upload_passes_while_it_is_sent(proxy: Proxy) -> None:
     assert proxy.curl("-H", token, "-r", "39999990-", "@/artefacts/app-1/large-0") == (206, bytes(10))
 
 
-def test_a_refused_upload_gets_its_answer(proxy: Proxy) -> None:
-    # Caddy closes while curl still sends, which may then lose the answer, whatever is behind Caddy
+def test_refused_upload_gets_its_response(proxy: Proxy) -> None:
+    # Caddy closes while curl still sends. curl may then lose a response, whatever server is behind Caddy.
     (proxy.folder / "large").write_bytes(bytes(20_000_000 if proxy.name == "nginx" else 50_000))
     for fields in ((), ("-u", "x:wrong"), ("-H", "Expect:"), ("-H", CHUNKED)):
         assert proxy.curl("-T", "large", *fields, "@/artefacts/app-1/refused")[0] == 401, fields
     eventually(lambda: proxy.program.incoming() == [])
 
 
-def test_its_own_pages_may_change_something(proxy: Proxy) -> None:
-    """The Host field arrives as the browser sent it, so that Origin can be compared with it."""
+def test_own_pages_may_push_through_the_proxy(proxy: Proxy) -> None:
+    """Compare Origin with Host, which must arrive as the browser sent it."""
 
     def push(origin: str) -> int:
         fields = ("-u", f"ci:{CI}", "-H", f"Origin: {origin}")

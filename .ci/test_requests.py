@@ -1,4 +1,4 @@
-"""Properties of all requests, and of all artefacts, whatever their names and bytes (Hypothesis)."""
+"""Check properties of all requests and of all artefacts, with any names and bytes (Hypothesis)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ known = st.sampled_from([
     "Authorization", "Expect", "Origin", "Sec-Fetch-Site",
 ])  # fmt: skip
 fields = st.lists(st.tuples(known | tokens, values), max_size=5)
-OURS = {"content-length", "transfer-encoding", "connection", "host"}
+FIXED = {"content-length", "transfer-encoding", "connection", "host"}
 names = st.from_regex(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd]{1,20}", fullmatch=True)
 
 
@@ -41,11 +41,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @EVERY
 @given(methods, targets, st.none() | queries, fields, st.binary(max_size=300))
-def test_no_request_is_answered_by_a_fault(server: Server, method: str, target: str, query: str | None,
-                                           fields: list[tuple[str, str]], body: bytes) -> None:
+def test_no_request_causes_a_server_error(server: Server, method: str, target: str, query: str | None,
+                                          fields: list[tuple[str, str]], body: bytes) -> None:
     target += f"?{query}" if query else ""
     lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close"]
-    lines += (f"{name}: {value}" for name, value in fields if name.lower() not in OURS)
+    lines += (f"{name}: {value}" for name, value in fields if name.lower() not in FIXED)
     sent = "\r\n".join([*lines, f"Content-Length: {len(body)}", "\r\n"]).encode("latin-1") + body
     received = b""
     with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as connection:
@@ -59,8 +59,8 @@ def test_no_request_is_answered_by_a_fault(server: Server, method: str, target: 
 
 @EVERY
 @given(names, st.lists(names, min_size=1, max_size=3), st.binary(max_size=2000))
-def test_what_was_pushed_is_fetched(server: Server, directory: str, segments: list[str], body: bytes) -> None:
-    """Under any name that keeps the rules; unless an artefact is where a folder is needed, or the reverse."""
+def test_pushed_bytes_are_fetched(server: Server, directory: str, segments: list[str], body: bytes) -> None:
+    """Push under any valid name. 409 is allowed: an artefact and a folder may need the same name."""
     path = "/".join(quote(name, "") for name in [directory, *segments])
     pushed = server.ask("PUT", path, body)
     assert pushed.status in (200, 201, 409), pushed.body

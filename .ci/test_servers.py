@@ -1,9 +1,8 @@
-"""The application in other people's WSGI servers, at the root and mounted under a prefix."""
+"""Run the application in common WSGI servers, at the root and mounted under a prefix."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import sha256, until
 
 MODULE = Path(__file__).resolve().parents[1] / "artefacts.py"
 
-# Made before gunicorn and uWSGI fork, so it also shows that an instance outlives a fork.
+# The application is created before gunicorn and uWSGI fork, so that it must also survive a fork.
 APPLICATION = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -29,15 +29,15 @@ import artefacts
 inner = artefacts.create_app({data!r})
 
 class Chunks:
-    # uWSGI has an interface of its own to a chunked body; the others have a stream.
-    left = b""
+    # uWSGI hands over a chunked body by its own interface; the others have a stream.
+    rest = b""
     ended = False
     def read(self, size):
         import uwsgi
-        while not self.left and not self.ended:
-            self.left = uwsgi.chunked_read()
-            self.ended = not self.left
-        piece, self.left = self.left[:size], self.left[size:]
+        while not self.rest and not self.ended:
+            self.rest = uwsgi.chunked_read()
+            self.ended = not self.rest
+        piece, self.rest = self.rest[:size], self.rest[size:]
         return piece
 
 def application(environ, start_response):
@@ -70,10 +70,10 @@ if __name__ == "__main__":
 @dataclass(frozen=True)
 class Kind:
     name: str
-    command: str  # {python} {port}, in a folder with application.py
+    command: str  # with {python}, {bin} and {port}; runs in a folder with application.py
     chunked: bool = True  # whether it hands chunked bodies to the application
-    manage_chunks: bool = False  # whether it does by an interface of its own
-    blind: tuple[str, ...] = ()  # what of BROKEN it hands over as a body that is whole
+    manage_chunks: bool = False  # whether it uses its own interface for that
+    blind: tuple[str, ...] = ()  # the bodies of BROKEN that it hands over as complete ones
 
 
 GUNICORN = (
@@ -98,7 +98,8 @@ KINDS = [
     Kind(
         "granian",
         "{bin}/granian --interface wsgi --host 127.0.0.1 --port {port} --no-ws application:application",
-        blind=("chunk", "between chunks", "no chunk"),  # 2.8: the stream just ends; a digest helps
+        # granian 2.8 just ends the stream. Only a digest shows that a part is missing.
+        blind=("chunk", "between chunks", "no chunk"),
     ),
     Kind("cheroot", "{python} application.py cheroot {port}"),
     Kind("waitress", "{python} application.py waitress {port}"),
@@ -111,13 +112,13 @@ KINDS = [
 class Server:
     kind: Kind
     port: int
-    base: str  # what the application is mounted under, as it stands in a URL
+    base: str  # the prefix of the application in a URL
     data: Path
 
     def request(
         self, method: str, path: str, body: bytes | Iterable[bytes] | None = None, **headers: str
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, fields by lower-case name, content."""
+        """Return the status, the header fields by lower-case name, and the body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             fields = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -168,16 +169,16 @@ def server(running: Server, request: pytest.FixtureRequest) -> Server:
 
 
 def send_all(server: Server, request: bytes) -> bytes:
-    """Sends it and nothing more: the answer, as far as the server's way of closing lets it through."""
-    told = b""
+    """Send the request and close the sending side. Return what arrives before the server closes."""
+    received = b""
     connection = socket.create_connection(("127.0.0.1", server.port), 20)
     with connection as client, contextlib.suppress(ConnectionError):
         client.sendall(request)
-        with contextlib.suppress(OSError):  # not connected any more
+        with contextlib.suppress(OSError):  # already disconnected
             client.shutdown(socket.SHUT_WR)
         while piece := client.recv(65536):
-            told += piece
-    return told
+            received += piece
+    return received
 
 
 def is_problem(answer: tuple[int, dict[str, str], bytes], status: int) -> bool:
@@ -191,7 +192,7 @@ def test_push_and_fetch(server: Server) -> None:
     stored: dict[str, Any] = json.loads(body)
     assert (status, headers["location"], stored["href"]) == (201, server.base + path, server.base + path)
     assert (stored["id"], stored["size"]) == ("1.4.0/ünï.txt", 5)
-    etag = f'"{hashlib.sha256(b"hello").hexdigest()}"'
+    etag = f'"{sha256(b"hello")}"'
     assert headers["etag"] == etag
 
     assert server.request("PUT", path, b"hello")[0] == 200
@@ -213,10 +214,10 @@ def test_read(server: Server) -> None:
     assert part == body[100_000:299_999]
     status, headers, part = server.request("GET", path, Range="bytes=300000-")
     assert (status, headers["content-range"]) == (416, "bytes */300000")
-    status, headers, nothing = server.request("GET", path, If_None_Match=etag)
-    assert (status, headers["etag"], nothing) == (304, etag, b"")
-    status, headers, nothing = server.request("HEAD", path)
-    assert (status, headers["content-length"], headers["etag"], nothing) == (200, "300000", etag, b"")
+    status, headers, empty = server.request("GET", path, If_None_Match=etag)
+    assert (status, headers["etag"], empty) == (304, etag, b"")
+    status, headers, empty = server.request("HEAD", path)
+    assert (status, headers["content-length"], headers["etag"], empty) == (200, "300000", etag, b"")
     listed = json.loads(server.request("GET", "/artefacts/read")[2])["artefacts"]
     assert [(artefact["id"], artefact["href"]) for artefact in listed] == [("x.bin", server.base + path)]
     assert server.request("GET", "/")[1]["location"].endswith(server.base + "/artefacts/")
@@ -232,19 +233,19 @@ def test_delete_and_errors(server: Server) -> None:
     assert is_problem(server.request("PUT", path, b"1", Content_Range="bytes 0-0/2"), 400)
     assert is_problem(server.request("PUT", path, b"1", X_Checksum_Sha256="0" * 64), 400)
     assert is_problem(server.request("PATCH", path, b"1"), 405)
-    status, _, nothing = server.request("HEAD", path)
-    assert (status, nothing) == (404, b"")
+    status, _, empty = server.request("HEAD", path)
+    assert (status, empty) == (404, b"")
 
 
-def test_a_large_artefact(server: Server) -> None:
+def test_large_artefact(server: Server) -> None:
     path, body = "/artefacts/large/x", os.urandom(20_000_000)
     assert server.request("PUT", path, body)[0] in (200, 201)
     assert server.request("GET", path)[2] == body
     assert os.listdir(server.data / ".incoming") == []
 
 
-def test_a_chunked_body(server: Server) -> None:
-    """Where the server streams it, it is stored; where it does not, the refusal says what to do."""
+def test_chunked_body(server: Server) -> None:
+    """Store the body if the server streams it. Otherwise the refusal must say what to do."""
     path = f"/artefacts/chunked/x{len(server.base)}"
     body = os.urandom(3_000_000)
     pieces = [body[start : start + 70_000] for start in range(0, len(body), 70_000)]
@@ -254,12 +255,12 @@ def test_a_chunked_body(server: Server) -> None:
         assert server.request("PUT", path, iter([]), Transfer_Encoding="chunked")[0] == 200
         assert server.request("GET", path)[2] == b""
         return
-    # In one send, because these servers close the connection without reading what is left of it.
+    # Use one send, because these servers close the connection without reading the rest of the request.
     header = f"PUT {server.base}{path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    told = send_all(server, header.encode() + b"5\r\nsmall\r\n0\r\n\r\n")
-    assert told.split()[1] == b"400"
-    assert b"application/problem+json" in told
-    assert b"Send a Content-Length" in told
+    received = send_all(server, header.encode() + b"5\r\nsmall\r\n0\r\n\r\n")
+    assert received.split()[1] == b"400"
+    assert b"application/problem+json" in received
+    assert b"Send a Content-Length" in received
     assert server.request("GET", path)[0] == 404
 
 
@@ -272,23 +273,20 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_body_that_breaks_off_is_not_stored(server: Server, broken: str) -> None:
+def test_truncated_body_is_not_stored(server: Server, broken: str) -> None:
     if broken in server.kind.blind:
-        pytest.skip("this server does not tell the application")
+        pytest.skip("this server hides the truncation from the application")
     path = "/artefacts/broken/x"
     announced, body = BROKEN[broken]
     header = f"PUT {server.base}{path} HTTP/1.1\r\nHost: localhost\r\n{announced}\r\n\r\n"
-    told = send_all(server, header.encode() + body)
-    assert not told or told.split()[1].startswith(b"4"), told
+    received = send_all(server, header.encode() + body)
+    assert not received or received.split()[1].startswith(b"4"), received
     assert server.request("GET", path)[0] == 404
-    deadline = time.monotonic() + 10
-    while os.listdir(server.data / ".incoming"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not os.listdir(server.data / ".incoming"), 10)
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_of_a_form_that_breaks_off_whole_files_are_stored(server: Server, broken: str) -> None:
+def test_truncated_form_stores_only_whole_files(server: Server, broken: str) -> None:
     directory, announced = f"/artefacts/form{len(broken)}", BROKEN[broken][0]
     part = b'--X\r\nContent-Disposition: form-data; name="f"; filename="%s"\r\n\r\n%s\r\n'
     form = part % (b"whole", bytes(1000)) + part % (b"half", bytes(9000))
@@ -296,6 +294,6 @@ def test_of_a_form_that_breaks_off_whole_files_are_stored(server: Server, broken
         form = b"%x\r\n%b\r\n" % (len(form), form) + (b"xyz\r\n\r\n" if broken == "no chunk" else b"")
     fields = f"Host: localhost\r\n{announced}\r\nContent-Type: multipart/form-data; boundary=X"
     header = f"POST {server.base}{directory} HTTP/1.1\r\n{fields}\r\n\r\n"
-    told = send_all(server, header.encode() + form)
-    assert not told or told.split()[1].startswith(b"4"), told
+    received = send_all(server, header.encode() + form)
+    assert not received or received.split()[1].startswith(b"4"), received
     assert server.request("GET", f"{directory}/half")[0] == 404
