@@ -166,7 +166,7 @@ def without_privileges() -> list[str]:
 def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, f"the condition did not become true within {seconds} s"
         time.sleep(0.005)
 
 

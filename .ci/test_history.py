@@ -345,7 +345,7 @@ def unexplained(history: list[Event], keep: int) -> str:
 
     Each request takes effect at one instant between its start and its end (the search of Wing and Gong; tried
     states are remembered, after Lowe). Return "" if there is such an order. Otherwise return a state that can
-    be reached, and the requests of which none can follow.
+    be reached, and the pending requests, none of which the model allows next.
 
     The pruning of a commit takes effect at an instant of its own, after the commit but before its response:
     readers take no lock and may find a pruned version until then.
