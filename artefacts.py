@@ -980,7 +980,8 @@ class Versions:
     def _open(self) -> Descriptor | None:
         """Return the open folder, or None if it is missing. The caller closes it."""
         try:
-            os.lstat(f"{self._files.root}/{self._path[0]}/{VERSIONS}")  # usually missing: this saves three calls
+            # It is usually missing: this saves three calls.
+            os.lstat(f"{self._files.root}/{self._path[0]}/{VERSIONS}")
             return self._files.open_folder(*self._path)
         except MISSING:
             return None
@@ -3180,7 +3181,7 @@ class Connection:
         status, fields, body, who = answer
         request, environ = self.request, self.request.environ if self.request else {}
         if request is not None:
-            close_body(request.upload)  # before the client is answered: nothing of a refused upload is left then
+            close_body(request.upload)  # so that nothing of a refused upload is left when the client knows
         version, length = environ.get("SERVER_PROTOCOL", "HTTP/1.1"), dict(fields).get("content-length")
         ended = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
         chunked = not ended and version == "HTTP/1.1"
