@@ -63,6 +63,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
 import re
@@ -73,7 +74,6 @@ import socket
 import stat
 import sys
 import tarfile
-import termios
 import time
 import tomllib
 import types
@@ -81,8 +81,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote, urlencode
+from wsgiref.util import FileWrapper
 
 import falcon
 import waitress.parser
@@ -1414,12 +1415,6 @@ def is_identical(current: Content, upload: Upload, new: Artefact, compared: tupl
 
 class InvalidRequest(ArtefactsError):
     """temp"""
-class Unreadable(ArtefactsError):
-    """temp"""
-class HeaderTooLarge(ArtefactsError):
-    """temp"""
-class Unimplemented(ArtefactsError):
-    """temp"""
 class Unsupported(ArtefactsError):
     """temp"""
 class UnsatisfiableRange(ArtefactsError):
@@ -1650,17 +1645,17 @@ _json = json.encoder.encode_basestring_ascii
 
 # == Resources ====================================================================================
 
-# In the environ of a first look (see "Connections"): whether the body is there; and who may take a while
+# Keys of the environ in a header check (the table in "Connections"). HEADERS_ONLY: whether the body has been
+# received; ON_WORKER: whether a worker thread checks, which may wait for the disk.
 HEADERS_ONLY, ON_WORKER = "artefacts.headers_only", "artefacts.on_worker"
 
 
 class NeedsBody(falcon.HTTPStatus):
-    """At a first look there is nothing to object to, and the answer needs the body, or a while (100); or
-    what may be objected to takes a while itself, and so a worker (102)."""
+    """Raised in a header check that cannot answer yet: 100, the body or a worker is needed; 102, a worker."""
 
 
 def require_body(req: falcon.Request) -> None:
-    """What follows reads the body, waits for a lock or the disk, or writes."""
+    """End a header check here: what follows reads the body, writes, or waits for a lock or the disk."""
     if HEADERS_ONLY in req.env:
         raise NeedsBody(falcon.HTTP_100)
 
@@ -2412,10 +2407,10 @@ def refusals_page(directory: str, refused: Iterable[Mapping[str, Any]], base: st
 # == Errors: one mapping from exceptions to answers ===============================================
 
 STATUSES: dict[type[ArtefactsError], int] = {
-    InvalidName: 400, InvalidRequest: 400, Unreadable: 400, Mismatch: 400,
+    InvalidName: 400, InvalidRequest: 400, Mismatch: 400,
     Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409,
     PreconditionFailed: 412, TooLarge: 413, Unsupported: 415, UnsatisfiableRange: 416,
-    HeaderTooLarge: 431, Damaged: 500, Unimplemented: 501, Unavailable: 503, OutOfSpace: 507,
+    Damaged: 500, Unavailable: 503, OutOfSpace: 507,
 }
 OS_ERRORS = {
     errno.ENOSPC: (507, "The disk is full. Delete something, or tell who runs this server."),
@@ -2464,6 +2459,16 @@ def answer_to(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in OS_ERRORS:
         return OS_ERRORS[error.errno]
     return 500, DETAILS[500]
+
+
+def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return (status line, header fields, content) of an error as problem+json (RFC 9457)."""
+    if isinstance(error, falcon.HTTPError):
+        code, detail = error.status_code, error.description or ""
+    else:
+        code, detail = answer_to(error)
+    status = falcon.code_to_http_status(code)
+    return status, [("content-type", "application/problem+json")], problem(status, detail)
 
 
 def refuse(req: falcon.Request, resp: falcon.Response, error: Exception, params: Any) -> None:
@@ -2743,451 +2748,421 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
     return app
 
 
-# == Connections: HTTP/1.1 on a socket (RFC 9112) =================================================
+# == Connections: HTTP/1.1 on sockets (RFC 9112) ==================================================
 #
-# What makes a file server of a loop over sockets and some threads (`Server`).
+# Stock waitress runs the application, too. Here, its event loop, its worker threads and its parser of headers
+# make a file server: a body goes straight into a staging file, and the commit is a rename; the kernel sends
+# files; no client holds a worker.
 #
-# - The socket is the loop's alone. A worker asks the application, or a stream for its next piece, and
-#   leaves what it got: nothing is locked here, and no thread waits for a client. A connection has one
-#   request under way at a time; what is sent behind it (pipelining) waits.
-# - A first look: as soon as a request's header is there, the application is called with
-#   HEADERS_ONLY in its environ. It answers 100 where it needs the body, a lock, or a while; 102 where
-#   the look itself takes a while, so that a worker takes it; any other answer is final. So a refusal
-#   comes before the body, from the code that would refuse it after; and what can be answered at once
-#   is, without a hand-over between threads.
-# - A body is received into an `Upload`: written once, beside the data, and hashed meanwhile, so that
-#   the commit is a rename. A large one comes in large pieces, all through one buffer; a file is sent by
-#   the kernel, from its cache to the socket (sendfile).
-# - A connection stays open after 204, 304 and chunked answers, which end by themselves.
-# - One that ends reads on for LINGER seconds: closed at once it would be reset, and the client might
-#   lose the answer (RFC 9112 §9.6).
+# - Only the event loop touches sockets. A worker calls the application, or takes one piece of a streamed
+#   response, and leaves the result. Nothing is locked, and no worker waits for a client.
+# - A connection handles one request at a time. Those behind it (pipelining) wait in `received`.
+# - `Connection.converse` is the whole life of a connection, as a generator. It yields READABLE, WRITABLE or
+#   RESULT to wait for the socket or a worker, and the event loop resumes it.
+#
+# The application is called up to three times for a request. With HEADERS_ONLY in its environ, it checks the
+# header: a refusal does not need the body, and a quick answer needs no worker. It returns 100 or 102 if it
+# cannot answer yet, otherwise the final response:
+#
+#   received           called on the  HEADERS_ONLY  ON_WORKER  after 100              after 102
+#   the header         event loop     False         False      receive the body       check again on a worker
+#   the header         worker         False         True       receive the body       -
+#   all, if small (*)  event loop     True          False      answer on a worker     answer on a worker
+#   all                worker         absent        absent     -                      -
+#
+# (*) No body; with --no-fsync also one of at most PIECE bytes, because its commit does not wait for the disk.
 
-LINGER = 30  # seconds
-RECEIVE = 64 * 1024  # bytes asked of a socket at once
-BUFFER = 4 * 1024 * 1024  # bytes asked of it where they are all of one body: few large writes cost the least
-SEND = 512 * 1024  # bytes of a stream taken, and sent, at once: each is a hand-over between threads
-SENT = 60 * 1024  # bytes of a file sent at once: see `File.send`
-TURN = 8 * 1024 * 1024  # bytes sent to one client before the others have their turn
-GATHERED = 1024 * 1024  # bytes that are to be in a socket before it is read, while the hash is far behind
+LINGER = 30  # seconds, see `Connection.linger`
+GRACE = 10  # seconds for current requests to finish after SIGTERM or Ctrl-C
+CONNECTIONS = 4000  # at once, if the limit on open files admits them
 MAX_HEADER, MAX_BODY = 64 * 1024, 10**18  # bytes
-MAX_LINE = 4096  # bytes of a line between chunks, of all lines behind them, of a logged one
-KNOWN_LINE, KNOWN_FIELDS = 256, 1024  # bytes that a header's may have to be remembered
-OF_LINE = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")  # in an environ
+MAX_LINE = 4096  # bytes of a chunk's size line, of a trailer section, of a request line in the log
+RECEIVE = 64 * 1024  # bytes received at once
+BUFFER = 4 * 1024 * 1024  # bytes received at once of a long body: few large writes cost the least
+GATHER = 1024 * 1024  # bytes to wait for in a socket while the hash is far behind
+STREAM_PIECE = 512 * 1024  # bytes of a streamed response: each piece is a hand-over between threads
+FILE_PIECE = 60 * 1024  # bytes of a file: whole pages that fit into one packet of the loopback (65,483 bytes)
+TURN = 8 * 1024 * 1024  # bytes of a file sent to one client before the others get their turn
+CACHED_LINE, CACHED_FIELDS = 256, 1024  # bytes: longer ones are parsed each time
+LINE_KEYS = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")  # of a request line
+MSG_MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
 ABSOLUTE_FORM = re.compile("https?://([^/?#]*)", re.I)
-MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 FIRST_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 NEXT_CHUNK = re.compile(rb"\r\n" + FIRST_CHUNK.pattern)
 TRAILER = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n")
-BARE = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
-Answer = tuple[str, list[tuple[str, str]], Iterable[bytes], str]  # status, fields, content; who asked
+BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
+READABLE, WRITABLE, RESULT = "readable", "writable", "result"  # what a conversation waits for
+Steps = Generator[str, None, T]  # yields what it waits for; returns T
+REQUIRED = (  # of waitress: undocumented, mostly unchanged since 2012. Else the stock server runs.
+    (waitress.wasyncore.dispatcher, "socket connected close _fileno _map"),
+    (waitress.server.TcpWSGIServer, "channel_class active_channels next_channel_cleanup"),
+    (waitress.server.TcpWSGIServer, "application adj task_dispatcher add_task trigger pull_trigger"),
+    (waitress.parser, "ParsingError TransferEncodingNotImplemented"),
+    (waitress.parser.HTTPRequestParser, "parse_header chunked body_rcv"),
+    (waitress.task.WSGITask, "get_environment"),
+)
 
 
-class Header(NamedTuple):
-    """What the header of a request says."""
+def parse_header(server: Server, raw: bytes) -> WSGIEnvironment:
+    """Return the environ of a header, without client and body. It is cached, so nobody may change it.
 
-    environ: WSGIEnvironment  # but for the client's, and the body; shared, so never changed
-    length: int | None  # bytes of the body; None: it is chunked
-    closes: bool  # whether the connection is to end with the answer
-    expects: bool  # 100 Continue, before the body is sent
-
-
-def checked_header(server: Server, raw: bytes) -> Header:
-    """What the server's parser makes of a header, where nobody could read another message;
-    ArtefactsError."""
-    header = server.parse(raw)
-    environ = header.environ
+    Refuse a header in which another server could find another request (RFC 9112 §11.2)."""
+    parser = waitress.parser.HTTPRequestParser(server.adj)
+    try:
+        parser.parse_header(raw)
+    except waitress.parser.TransferEncodingNotImplemented:
+        detail = "Only the transfer coding 'chunked' is implemented. Use it, or send a Content-Length."
+        raise falcon.HTTPNotImplemented(description=detail) from None
+    except waitress.parser.ParsingError as error:
+        raise falcon.HTTPBadRequest(description=f"{error}. Correct the request.") from None
+    except ValueError:  # from urlsplit, and from int with more than 4300 digits
+        raise falcon.HTTPBadRequest(description="The header is malformed. Correct the request.") from None
+    parser.body_rcv = None
+    channel = types.SimpleNamespace(server=server, addr=("", 0), check_client_disconnected=None)
+    environ: WSGIEnvironment = waitress.task.WSGITask(channel, parser).get_environment()
     codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(raw)]
-    if codings and (codings != [b"chunked"] or header.length is not None or "CONTENT_LENGTH" in environ):
-        # RFC 9112 §6.1: what follows such a header could be taken for another request
-        raise Unreadable("Transfer-Encoding: chunked goes with HTTP/1.1, without a length. Mend it.")
-    if header.length is not None and header.length >= MAX_BODY:
-        raise TooLarge("No file system holds so many bytes. Send less.")
-    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):  # it goes before Host (RFC 9112 §3.2.2)
-        environ["HTTP_HOST"] = absolute[1]
-    options = environ.get("HTTP_CONNECTION", "").lower().split(",")
-    return header._replace(closes=header.closes or "close" in map(str.strip, options))
+    if codings and (codings != [b"chunked"] or not parser.chunked or "CONTENT_LENGTH" in environ):
+        # RFC 9112 §6.1: where the body ends is in doubt. HTTP/1.0 has no Transfer-Encoding.
+        detail = "Transfer-Encoding: chunked needs HTTP/1.1 and no Content-Length. Correct the request."
+        raise falcon.HTTPBadRequest(description=detail)
+    if codings:
+        environ["HTTP_TRANSFER_ENCODING"] = "chunked"  # the parser removes it
+    elif int(environ.get("CONTENT_LENGTH", 0)) >= MAX_BODY:
+        raise falcon.HTTPContentTooLarge(description="No file system holds so many bytes. Send less.")
+    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):
+        environ["HTTP_HOST"] = absolute[1]  # it takes precedence over Host (RFC 9112 §3.2.2)
+    return environ
 
 
-known_header = functools.lru_cache(1024)(checked_header)
+parse_header_cached = functools.lru_cache(1024)(parse_header)
 
 
-def read_header(server: Server, raw: bytes) -> Header:
-    """Clients send the same fields again and again: line and fields are remembered apart. As above."""
+def read_header(server: Server, raw: bytes) -> WSGIEnvironment:
+    """Parse a header, from the cache where possible. Without it, small fetches have 0.59 of their speed.
+
+    Clients send the same fields with ever new request lines, so line and fields are cached apart."""
     line, _, fields = raw.partition(b"\r\n")
-    if not line.endswith(b" HTTP/1.1") or len(line) > KNOWN_LINE or len(fields) > KNOWN_FIELDS:
-        return checked_header(server, raw)
-    header = known_header(server, b"GET / HTTP/1.1\r\n" + fields)
-    own = known_header(server, line + b"\r\n\r\n")
-    environ = header.environ | {name: own.environ[name] for name in OF_LINE if name in own.environ}
-    return header._replace(environ=environ)
+    if not line.endswith(b" HTTP/1.1") or len(line) > CACHED_LINE or len(fields) > CACHED_FIELDS:
+        return parse_header(server, raw)
+    of_fields = parse_header_cached(server, b"GET / HTTP/1.1\r\n" + fields)
+    of_line = parse_header_cached(server, line + b"\r\n\r\n")
+    return of_fields | {key: of_line[key] for key in LINE_KEYS if key in of_line}
 
 
-class Chunks:
-    """Takes a chunked body apart as it arrives (RFC 9112 §7.1). Its trailer is dropped, as §7.1.2 allows."""
+class BodyDecoder:
+    """Finds the end of a body as it arrives: by its length, or chunked (RFC 9112 §6.2, §7.1).
 
-    complete = False
+    The trailer of a chunked body is dropped, as §7.1.2 allows."""
 
-    def __init__(self) -> None:
-        self.remain = 0  # bytes of this chunk's content
-        self.expected = FIRST_CHUNK  # behind that
+    def __init__(self, length: int | None) -> None:
+        self.complete, self.chunked = length == 0, length is None
+        self.missing = length or 0  # bytes of the body, or of the current chunk
+        self.expected = FIRST_CHUNK  # behind a chunk
 
-    def take(self, data: bytes) -> tuple[bytes, int]:
-        """(content, how many bytes were taken); the others come again, with more. Unreadable."""
-        content, at = bytearray(), 0
+    def decode(self, data: bytes | memoryview) -> tuple[bytes | memoryview, int]:
+        """Return the content, and how many bytes are used. The others come again, together with more.
+
+        Raise HTTPBadRequest as soon as the bytes cannot become well-formed."""
+        pieces: list[bytes | memoryview] = []
+        at = 0
         while at < len(data) and not self.complete:
-            if self.remain:
-                piece = data[at : at + self.remain]
-                content += piece
-                at, self.remain = at + len(piece), self.remain - len(piece)
+            if self.missing:
+                pieces.append(piece := data[at : at + self.missing])
+                at, self.missing = at + len(piece), self.missing - len(piece)
+                self.complete = not self.missing and not self.chunked
             elif (line := self.expected.match(data, at)) and line.end() - at <= MAX_LINE:
                 at, self.complete = line.end(), self.expected is TRAILER
-                self.remain = 0 if self.complete else int(line[1], 16)
-                self.expected = NEXT_CHUNK if self.remain else TRAILER
+                self.missing = 0 if self.complete else int(line[1], 16)
+                self.expected = NEXT_CHUNK if self.missing else TRAILER
             else:
-                rest = data[at:]
-                broken = self.expected is not TRAILER and b"\n" in rest[2:]
-                broken |= self.expected is NEXT_CHUNK and not b"\r\n".startswith(rest[:2])
-                if broken or BARE.search(rest) or len(rest) > MAX_LINE:
-                    raise Unreadable("The chunks of the body cannot be told apart. Mend the request.")
+                rest = bytes(data[at:])
+                malformed = self.expected is not TRAILER and b"\n" in rest[2:]
+                malformed |= self.expected is NEXT_CHUNK and not b"\r\n".startswith(rest[:2])
+                if malformed or BARE_CR_OR_LF.search(rest) or len(rest) > MAX_LINE:
+                    detail = "The chunked body is malformed. Correct the request."
+                    raise falcon.HTTPBadRequest(description=detail)
                 break
-        return bytes(content), at
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces), at
 
 
 class Request:
-    """One request as it is received, its body into an Upload, which the connection closes."""
+    """One request while it is received. Its body goes into an Upload, which the connection closes."""
 
-    def __init__(self, header: Header, client: WSGIEnvironment, repository: Repository) -> None:
-        self.header = header
-        self.chunks = Chunks() if header.length is None else None
-        self.remain = header.length or 0  # bytes of a body without chunks
-        self.looked = False  # whether the application had its first look before the body
+    def __init__(self, header: WSGIEnvironment, client: WSGIEnvironment, repository: Repository) -> None:
+        chunked = "HTTP_TRANSFER_ENCODING" in header
+        self.body = BodyDecoder(None if chunked else int(header.get("CONTENT_LENGTH", 0)))
         self.upload: Upload | None = None
-        if header.length != 0:
-            limited = header.environ["REQUEST_METHOD"] not in ("PUT", "POST")
-            self.upload = repository.stage(PIECE if limited else None)  # of a push, the resource knows it
-        self.environ = header.environ | client | {"wsgi.input": self.upload or io.BytesIO()}
+        if not self.body.complete:
+            is_push = header["REQUEST_METHOD"] in ("PUT", "POST")
+            self.upload = repository.stage(None if is_push else PIECE)  # the resource limits a push
+        self.environ = header | client | {"wsgi.input": self.upload or io.BytesIO()}
 
     @property
-    def complete(self) -> bool:
-        return self.chunks.complete if self.chunks is not None else not self.remain
-
-    @property
-    def over(self) -> bool:
-        """Whether no more is to be received: it is complete, or what came cannot be kept."""
-        return self.complete or (self.upload is not None and self.upload.fault is not None)
+    def ended(self) -> bool:
+        """Return whether no more bytes are needed: the body is complete, or it cannot be stored."""
+        return self.body.complete or (self.upload is not None and self.upload.fault is not None)
 
     def receive(self, data: bytes | memoryview) -> int:
-        """Takes what is its own of the data: so many bytes. Unreadable. What keeps it from being stored waits
-        in the upload for the application."""
-        content: bytes | memoryview
-        if self.chunks is not None:
-            content, taken = self.chunks.take(bytes(data))
-        else:
-            content, taken = data[: self.remain], min(len(data), self.remain)
-            self.remain -= taken
-        if self.upload is not None:
+        """Store what belongs to the body, and return its length in the data. HTTPBadRequest if malformed.
+
+        If it cannot be stored, the upload keeps the error for the application."""
+        content, used = self.body.decode(data)
+        if self.upload is not None and content:
             try:
                 self.upload.write(content)
             except (ArtefactsError, OSError) as error:
                 self.upload.fault = error
-            if self.complete:
-                self.environ["CONTENT_LENGTH"] = str(self.upload.size)
-        return taken
+        if self.upload is not None and self.body.complete:
+            self.environ["CONTENT_LENGTH"] = str(self.upload.size)
+        return used
 
 
-class File:
-    """A `wsgi.file_wrapper` (PEP 3333): a file on its way out, from its position on. It is not read: the
-    connection has the kernel send it, and closes it."""
+class Response(NamedTuple):
+    """A response of the application, whose body has to be closed."""
 
-    remain = 0  # bytes
-
-    def __init__(self, file: io.FileIO, size: int = 0) -> None:
-        self.file, self.at, self.close = file, file.tell(), file.close
-
-    def __bool__(self) -> bool:
-        return self.remain > 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(functools.partial(self.file.read, PIECE), b"")
-
-    def send(self, to: int) -> int:
-        """How much the socket took; OSError, BlockingIOError among them."""
-        # Whole pages, and no more than one packet of the loopback holds (65,483 bytes): 64 KiB would each
-        # time leave 53 for another one, which costs as much, and wakes the client again.
-        sent = os.sendfile(to, self.file.fileno(), self.at, min(SENT, self.remain))
-        if not sent:
-            raise OSError(errno.EIO, "the file was cut short in place")
-        self.at, self.remain = self.at + sent, self.remain - sent
-        return sent
+    status: str
+    fields: list[tuple[str, str]]
+    body: Iterable[bytes]
+    who: str  # the name of the client's token, for the log
 
 
-def ask(application: WSGIApplication, environ: WSGIEnvironment) -> Answer:
+def call_application(application: WSGIApplication, environ: WSGIEnvironment) -> Response:
+    """Return the application's response (PEP 3333)."""
+
     def start_response(status: str, fields: list[tuple[str, str]], exc_info: object = None) -> None:
         started[:] = status, fields
 
     started: list[Any] = []
     body: Iterable[bytes] = application(environ, start_response)  # type: ignore[arg-type]
-    return started[0], started[1], body, environ.get("artefacts.who", EVERYONE).name
+    return Response(started[0], started[1], body, environ.get("artefacts.who", EVERYONE).name)
 
 
 def close_body(body: object) -> None:
-    """Whoever ends an answer closes what it was of, where that can be closed (PEP 3333)."""
+    """Close an upload, or a response's body if it has close() (PEP 3333)."""
     try:
         if hasattr(body, "close"):
             body.close()
-    except OSError as error:  # of an upload's unlinking, too: a sweep comes to it. Nobody here can do better
-        log.error("what is done with cannot be closed, or removed: %s", error)
+    except OSError as error:  # a staging file that cannot be removed is swept later
+        log.error("an upload or a file cannot be closed or removed: %s", error)
 
 
-def framed(body: Iterable[bytes], chunked: bool) -> Generator[bytes, None, None]:
-    """What is sent of a body, some SEND bytes at a time: each is a hand-over. Closes it."""
-    try:
-        gathered = bytearray()
-        for piece in itertools.chain(body, (b"",)):
-            gathered += piece
-            if gathered and (len(gathered) >= SEND or not piece):
-                yield b"%x\r\n%b\r\n" % (len(gathered), bytes(gathered)) if chunked else bytes(gathered)
-                gathered.clear()
-        if chunked:
-            yield b"0\r\n\r\n"
-    finally:
-        close_body(body)
+def pieces_of(body: Iterable[bytes], chunked: bool) -> Iterator[bytes]:
+    """Yield a response's body in pieces of about STREAM_PIECE bytes, in the chunked coding if asked to."""
+    gathered = bytearray()
+    for piece in itertools.chain(body, (b"",)):
+        gathered += piece
+        if gathered and (len(gathered) >= STREAM_PIECE or not piece):
+            yield b"%x\r\n%b\r\n" % (len(gathered), bytes(gathered)) if chunked else bytes(gathered)
+            gathered.clear()
+    if chunked:
+        yield b"0\r\n\r\n"
 
 
-class Connection:
-    """What one client sends and is sent. The loop calls `readable`, `writable` and the `handle_`s; a
-    worker calls `service`, and until that has left its `result` nobody else touches the request."""
+class Connection(waitress.wasyncore.dispatcher):
+    """The connection of one client. A worker calls `service`, the event loop everything else."""
 
-    socket: Any  # these are the loop's part
-    connected: bool
-    close: Callable[[], None]
+    requests = total_outbufs_len = 0  # `run` asks stock channels for them; here `request` says it all
 
-    def __init__(self, server: Server, address: tuple[str, int]) -> None:
-        self.server, self.address = server, address
+    def __init__(self, server: Server, sock: socket.socket, address: Any, adj: Any,
+                 map: dict[int, Any]) -> None:
+        super().__init__(sock, map)
+        self.server, self.connected = server, True
+        server.active_channels[self._fileno] = self
         self.client = {
             "REMOTE_ADDR": address[0], "REMOTE_HOST": address[0], "REMOTE_PORT": str(address[1]),
-            "wsgi.file_wrapper": File,
+            "wsgi.file_wrapper": FileWrapper,
         }  # fmt: skip
-        self.received = b""  # of which nothing is made yet
-        self.line = b""  # the first one of the request
-        self.request: Request | None = None  # under way: being received, worked on, or answered
-        self.working = False  # whether it is a worker's
-        self.result: list[Any] = []  # what the worker left
-        self.answered = False  # whether what is sent is its answer, and not 100 Continue
-        self.body: Iterable[bytes] = ()  # of the answer
-        self.out: bytes | memoryview = b""  # what is to be sent; then
-        self.file: File | None = None  # what of it is to be sent; or
-        self.stream: Generator[bytes, None, None] | None = None  # where more comes from
-        self.lingering = 0.0  # until when what arrives is thrown away
-        self.closes = False  # whether the connection ends with the answer
-        self.will_close = False  # at once
-        self.last_activity = time.time()
-        self.gathering: Future[None] | None = None  # what `gather` awaits, or awaited
-        self.unread = b""  # how much of what was sent, when `is_silent` looked last
-
-    # -- what the loop asks and tells --
+        self.received = b""  # and not used yet
+        self.line = b""  # the request line, for the log
+        self.request: Request | None = None  # from its header's end until its response was sent
+        self.body: object = None  # of the response
+        self.task: Callable[[], Any] | None = None  # waits for a worker, or is done by one
+        self.result: list[Any] = []  # left by the worker; None: the task failed
+        self.gathering: Future[None] | None = None  # the hash that `gather` waits for
+        self.last_activity = time.monotonic()
+        self.conversation = self.converse()
+        self.waits_for = next(self.conversation)
+        with contextlib.suppress(AttributeError, OSError):  # Linux closes it if its client does not read
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, adj.channel_timeout * 1000)
 
     def readable(self) -> bool:
-        return not (self.working or self.out or self.file or self.will_close)
+        return self.waits_for == READABLE
 
     def writable(self) -> bool:
-        return bool(self.result or self.out or self.file or (self.will_close and not self.working))
+        return self.waits_for == WRITABLE or bool(self.result)
 
     def handle_read(self) -> None:
-        self.last_activity = time.time()
-        body = self.request if self.request is not None and self.request.remain else None
-        data = self.server.buffer[: RECEIVE if body is None else body.remain]
+        """Resume the conversation, until it waits again. The connection ends with it."""
+        self.last_activity = time.monotonic()
         try:
-            data = data[: self.socket.recv_into(data)]
-        except BlockingIOError:
-            return
-        except OSError:
-            data = data[:0]
-        if not data or 0 < self.lingering < time.time():
+            self.waits_for = next(self.conversation)
+        except (StopIteration, OSError):  # OSError: the client has gone, or a file was truncated
             self.handle_close()
-        elif body is not None:
-            body.receive(data)
-            self.gather(body)
-        elif not self.lingering:
-            self.received += data
-        self.go_on()
 
-    def handle_write(self) -> None:
-        if self.result:
-            self.working = False
-            self.take(self.result.pop())
-        elif self.will_close:
-            self.handle_close()
-        else:
-            self.flush()
-        self.go_on()
+    handle_write = handle_read
 
     def handle_close(self) -> None:
-        """The client is gone, or is to be; what a worker is at is closed when that has left its result."""
-        if self.working and not self.result:
-            self.will_close = True
-            return
-        if self.lingering and self.connected:
-            # The client may have ended what it sends before all of it was read here (POLLHUP).
-            with contextlib.suppress(OSError):
-                for _ in range(TURN // BUFFER):
-                    self.socket.recv_into(self.server.buffer)
-        self.release()
-        self.close()
+        """Close the connection and what its request holds."""
+        if self.task is None or self.result:  # else a worker has the request, while the program ends
+            self.conversation.close()
+            self.server.active_channels.pop(self._fileno, None)
+            self.close()
 
-    def handle_expt(self) -> None:
-        """Urgent data, which is no part of HTTP, and would be told of again and again."""
-        self.handle_close()
+    handle_expt = handle_close  # urgent data is no part of HTTP, and poll would report it again and again
 
-    def is_silent(self, since: float) -> bool:
-        """Whether nothing has moved since then. A client that reads slowly shows in its socket's buffer; as
-        writable that is told of only when a good part of it is free."""
-        if self.gathering is not None:
-            self.await_bytes(1)  # the hash may wait for others so long that who trickles would seem silent
-        if self.writable() and self.last_activity < since:
-            with contextlib.suppress(OSError):  # not on macOS
-                before, self.unread = self.unread, fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
-                if self.unread != before:
-                    self.last_activity = time.time()
-        # In this order: a worker sets the time before it leaves its result.
-        return bool(self.result or not self.working) and self.last_activity < since
-
-    # -- receiving --
-
-    def gather(self, request: Request) -> None:
-        """While the hash is far behind, nothing ends sooner for being received sooner, and few large pieces
-        cost less than many small ones. So the loop is not told of the socket before GATHERED bytes are
-        there, or the client has ended, or the hash is done with what it is at: that always comes, and
-        nobody who sends little waits for longer."""
-        hashing = request.upload.hashing if request.upload and request.remain > GATHERED else None
-        if hashing is not None and hashing is not self.gathering:
-            self.gathering = hashing
-            self.await_bytes(GATHERED)
-            hashing.add_done_callback(lambda _: self.await_bytes(1))  # at once, where it is done
-
-    def await_bytes(self, least: int) -> None:
-        """Also called by a thread that hashes, when the socket may be closed already."""
-        with contextlib.suppress(OSError):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
-
-    def go_on(self) -> None:
-        """Works on what was received, until somebody has to be waited for."""
-        while self.connected and self.readable() and not self.lingering:
-            try:
-                if not self.step():
-                    return
-            except ArtefactsError as error:
-                code, detail = answer_to(error)
-                content = problem(status := falcon.code_to_http_status(code), detail)
-                fields = [("content-type", "application/problem+json"), ("content-length", str(len(content)))]
-                self.reply((status, fields, [content], "-"))
-
-    def step(self) -> bool:
-        """Whether something came of it; ArtefactsError of what cannot be read."""
-        request = self.request = self.request or self.begin()
-        if request is None:
-            return False
-        if not request.over:
-            self.received = self.received[request.receive(self.received) :]
-        if request.over:
-            self.perform(request)
-            return True
-        if request.looked:
-            return False
-        request.looked = True
-        answer = self.look(request)
-        if answer[0].startswith("102"):
-            self.hand_over()
-        else:
-            self.admit(request, answer)
-        return True
-
-    def begin(self) -> Request | None:
-        """What the header begins, if it is there; ArtefactsError."""
-        self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
-        header, end, rest = self.received.partition(b"\r\n\r\n")
-        if not end and len(header) <= MAX_HEADER:
-            return None
-        self.received, self.line = rest, header[:MAX_LINE].partition(b"\r\n")[0]
-        if len(header) > MAX_HEADER:
-            raise HeaderTooLarge(f"The header has more than {MAX_HEADER} bytes. Send less.")
-        read = read_header(self.server, header + end)
-        return Request(read, self.client, self.server.repository)
-
-    def look(self, request: Request) -> Answer:
-        """The application's first look at it."""
-        more = {HEADERS_ONLY: request.over, ON_WORKER: self.working}
-        return ask(self.server.application, request.environ | more)
-
-    def admit(self, request: Request, answer: Answer) -> None:
-        """Sends the answer, or, where it is 100, has the body come."""
-        if not answer[0].startswith("100"):
-            self.reply(answer)
-        elif request.header.expects:
-            self.out = b"HTTP/1.1 100 Continue\r\n\r\n"
-            self.flush()
-
-    def perform(self, request: Request) -> None:
-        """Answers it at once where that can be done; else it is a worker's. What is durable takes a while."""
-        upload = request.upload
-        if upload is None or (upload.size <= PIECE and not self.server.repository.durable):
-            answer = self.look(request)
-            if not answer[0].startswith("10"):
-                self.reply(answer)
-                return
-        self.hand_over()
-
-    # -- what a worker does --
-
-    def hand_over(self) -> None:
-        self.working = True
-        self.server.add_task(self)
+    def cancel(self) -> None:
+        """Leave the queue of the workers, when the program ends."""
+        self.task = None
 
     def service(self) -> None:
-        """Gets what takes a while: the answer, or the next piece of its stream (empty behind the last)."""
-        result: Any = None
+        """Do the task on a worker thread."""
+        result = None
         try:
-            request = self.request
-            assert request is not None
-            if self.stream is not None:
-                result = next(self.stream, b"")
-            elif request.over:
-                result = ask(self.server.application, request.environ)
-            else:
-                result = self.look(request)
+            result = self.task() if self.task is not None else None
         except Exception as error:
-            unforeseen = not isinstance(error, (ArtefactsError, OSError))
-            log.error("an answer broke off: %s", error, exc_info=unforeseen)
-        self.last_activity = time.time()
-        self.result.append(result)  # and nothing more: it is the loop's from now on
+            foreseen = isinstance(error, (ArtefactsError, OSError))
+            log.error("a response broke off: %s", error, exc_info=not foreseen)
+        self.result.append(result)  # from here on, the connection belongs to the event loop again
         self.server.pull_trigger()
 
-    def take(self, result: Any) -> None:
-        """What it left; None where it broke off."""
-        request = self.request
-        if result is None or request is None:
-            self.handle_close()
-        elif not self.answered:
-            self.admit(request, result)
-        else:
-            self.out, self.stream = result, self.stream if result else None
-            self.flush()
+    def converse(self) -> Steps[None]:
+        """Answer requests until one is the last."""
+        is_last = False
+        while not is_last:
+            try:
+                try:
+                    response = yield from self.respond()
+                except (ArtefactsError, falcon.HTTPError) as error:
+                    status, fields, content = error_response(error)
+                    fields = [*fields, ("content-length", str(len(content)))]
+                    response = Response(status, fields, [content], EVERYONE.name)
+                is_last = yield from self.send_response(response)
+            finally:
+                self.release()
+        yield from self.linger()
 
-    # -- sending --
+    def respond(self) -> Steps[Response]:
+        """Receive the next request, and return its response. The table above explains the calls."""
+        header = yield from self.receive_header()
+        request = self.request = Request(header, self.client, self.server.repository)
+        self.received = self.received[request.receive(self.received) :]
+        application, environ = self.server.application, request.environ
+        if not request.ended:
+            check = environ | {HEADERS_ONLY: False, ON_WORKER: False}
+            response = call_application(application, check)
+            if response.status.startswith("102"):
+                check[ON_WORKER] = True
+                response = yield from self.on_worker(call_application, application, check)
+            if not response.status.startswith("100"):
+                return response
+            expects = environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+            if expects and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+                yield from self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            yield from self.receive_body(request)
+        upload = request.upload
+        if upload is None or (upload.size <= PIECE and not self.server.repository.durable):
+            response = call_application(application, environ | {HEADERS_ONLY: True, ON_WORKER: False})
+            if not response.status.startswith(("100", "102")):
+                return response
+        return (yield from self.on_worker(call_application, application, environ))
 
-    def reply(self, answer: Answer) -> None:
-        """Begins to send the answer to the request under way, or to what is none."""
-        status, fields, body, who = answer
+    def on_worker(self, function: Callable[..., T], *arguments: Any) -> Steps[T]:
+        """Return the function's result, called on a worker thread. OSError if it failed, which is logged."""
+        self.task = functools.partial(function, *arguments)
+        self.server.add_task(self)
+        yield RESULT
+        self.task, result = None, self.result.pop()
+        if result is None:
+            raise OSError(errno.EIO, "the worker failed")
+        return cast(T, result)
+
+    def release(self) -> None:
+        """Close the request's upload, its response's body, and that of a response that is not sent."""
+        unsent = [result.body for result in self.result if isinstance(result, Response)]
+        for body in (self.body, self.request and self.request.upload, *unsent):
+            close_body(body)
+        self.request = self.body = self.gathering = None
+
+    def receive(self, size: int) -> Steps[memoryview]:
+        """Return at most `size` bytes, which the next call overwrites. OSError if the client has ended."""
+        while True:
+            yield READABLE
+            with contextlib.suppress(BlockingIOError):
+                view = self.server.buffer[:size]
+                view = view[: self.socket.recv_into(view)]
+                if not view:
+                    raise ConnectionAbortedError
+                return view
+
+    def receive_header(self) -> Steps[WSGIEnvironment]:
+        """Return the environ of the next header. HTTPError if it cannot be read."""
+        while True:
+            self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
+            raw, end, rest = self.received.partition(b"\r\n\r\n")
+            if end or len(raw) > MAX_HEADER:
+                break
+            self.received += yield from self.receive(RECEIVE)
+        self.received, self.line = rest, raw[:MAX_LINE].partition(b"\r\n")[0]
+        if len(raw) > MAX_HEADER:
+            detail = f"The header has more than {MAX_HEADER} bytes. Send less."
+            raise falcon.HTTPRequestHeaderFieldsTooLarge(description=detail)
+        return read_header(self.server, raw + end)
+
+    def receive_body(self, request: Request) -> Steps[None]:
+        """Receive the rest of the body through the server's buffer, straight into the upload."""
+        while not request.ended:
+            data: bytes | memoryview = yield from self.receive(max(request.body.missing, RECEIVE))
+            if self.received:  # the part of a line between chunks
+                data = self.received + data
+            self.received = bytes(data[request.receive(data) :])
+            self.gather(request)
+
+    def gather(self, request: Request) -> None:
+        """Wait for GATHER bytes while the hash is far behind. Without, large pushes have 0.90 of their speed.
+
+        The hash ends no sooner if bytes are received sooner, and few large pieces cost less. Poll reports
+        fewer bytes only when the client has ended or the hash is done, which always happens."""
+        hashing = request.upload.hashing if request.upload and request.body.missing > GATHER else None
+        if hashing is not None and hashing is not self.gathering:
+            self.gathering = hashing
+            self.set_low_water(GATHER)
+            hashing.add_done_callback(lambda _: self.set_low_water(1))  # at once if it is done
+
+    def set_low_water(self, size: int) -> None:
+        """Let poll wait for so many bytes. The thread that hashes calls it, too."""
+        with contextlib.suppress(OSError):  # the socket may be closed already
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+
+    def linger(self) -> Steps[None]:
+        """Drop what arrives, for LINGER seconds, or until the client has ended.
+
+        Closed with unread bytes, the connection is reset, and the client may lose the response (RFC 9112
+        §9.6)."""
+        self.socket.shutdown(socket.SHUT_WR)
+        self.received = b""
+        deadline = time.monotonic() + LINGER
+        while time.monotonic() < deadline:
+            yield READABLE
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(TURN // BUFFER):  # all now: a hang-up that poll reports next closes the socket
+                    if not self.socket.recv_into(self.server.buffer):
+                        return
+
+    def send_response(self, response: Response) -> Steps[bool]:
+        """Send the final response to the request, or to malformed bytes. Return whether it is the last."""
+        status, fields, self.body, who = response
         request, environ = self.request, self.request.environ if self.request else {}
-        if request is not None:
-            close_body(request.upload)  # so that nothing of a refused upload is left when the client knows
-        version, length = environ.get("SERVER_PROTOCOL", "HTTP/1.1"), dict(fields).get("content-length")
-        ended = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
-        chunked = not ended and version == "HTTP/1.1"
-        last = request is None or not request.complete or request.header.closes
-        self.closes = last or not (ended or chunked)
-        if self.closes:
+        close_body(request and request.upload)  # nothing of a refused upload is left when the client knows
+        version: str = environ.get("SERVER_PROTOCOL", "HTTP/1.1")
+        length = dict(fields).get("content-length")
+        delimited = length is not None or status[:3] in ("204", "304")  # RFC 9112 §6.3
+        chunked = not delimited and version == "HTTP/1.1"
+        options = environ.get("HTTP_CONNECTION", "").lower()
+        is_last = "close" in map(str.strip, options.split(",")) or not (delimited or chunked)
+        is_last |= version == "HTTP/1.0" and options != "keep-alive"
+        is_last |= request is None or not request.body.complete
+        if is_last:
             fields.append(("connection", "close"))
         elif version == "HTTP/1.0":
             fields.append(("connection", "keep-alive"))
@@ -3195,180 +3170,132 @@ class Connection:
             fields.append(("transfer-encoding", "chunked"))
         fields += (("date", http_date(int(time.time()))), ("server", "artefacts"))
         lines = [f"{version} {status}", *itertools.starmap(field_line, fields), "\r\n"]
-        self.out, self.answered, self.body = "\r\n".join(lines).encode("latin-1"), True, body
-        if isinstance(body, list):
-            self.out += b"".join(body)
-        elif isinstance(body, File):
-            self.file, body.remain = body, int(length or 0)
-        else:
-            self.body = self.stream = framed(body, chunked)
+        start, body = "\r\n".join(lines).encode("latin-1"), response.body
         if not self.server.quiet:
             size = length if environ.get("REQUEST_METHOD") != "HEAD" else None
-            log_request(self.address[0], who, self.line, f"{status[:3]} {size or '-'}")
-        self.flush()
+            log_request(self.client["REMOTE_ADDR"], who, self.line, f"{status[:3]} {size or '-'}")
+        if isinstance(body, list):
+            yield from self.send(start + b"".join(body))
+        elif isinstance(body, FileWrapper):
+            yield from self.send(start, MSG_MORE)
+            yield from self.send_file(body.filelike, int(length or 0))
+        else:
+            yield from self.send(start)
+            pieces = pieces_of(body, chunked)
+            while piece := (yield from self.on_worker(next, pieces, b"")):
+                yield from self.send(piece)
+        return is_last
 
-    def flush(self) -> None:
-        """Sends what the socket takes, TURN bytes at most: then the others have theirs."""
-        left = TURN
-        try:
-            while self.out:
-                sent = self.socket.send(self.out, MORE if self.file else 0)
-                self.out, left = memoryview(self.out)[sent:], left - sent
-            while self.file and left > 0:
-                left -= self.file.send(self.socket.fileno())
-        except BlockingIOError:
-            pass
-        except OSError:  # the client is gone, or the file was cut short
-            self.handle_close()
-        if left < TURN:
-            self.last_activity, self.unread = time.time(), b""  # what is unread then is another part
-        if self.connected and not self.out and not self.file:
-            self.sent()
+    def send(self, data: bytes, flags: int = 0) -> Steps[None]:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self.socket.send(rest, flags) :]
+            except BlockingIOError:
+                yield WRITABLE
 
-    def sent(self) -> None:
-        """What there was has left."""
-        self.out = b""  # and not an empty view of it
-        if self.stream is not None:
-            self.hand_over()
-        elif self.answered:
-            self.release()
-            if self.closes:
-                self.lingering, self.received = time.time() + LINGER, b""
-                with contextlib.suppress(OSError):
-                    self.socket.shutdown(socket.SHUT_WR)
-
-    def release(self) -> None:
-        """Closes what was received and what was answered."""
-        left = [result[2] for result in self.result if isinstance(result, tuple)]
-        for body in (self.body, self.request and self.request.upload, *left):
-            close_body(body)
-        self.answered, self.request, self.body, self.file, self.stream = False, None, (), None, None
-        self.gathering = None
+    def send_file(self, file: IO[bytes], size: int) -> Steps[None]:
+        """Have the kernel send the file from its position on. OSError if it ends early."""
+        at = turn = file.tell()
+        end = at + size
+        while at < end:
+            try:
+                sent = os.sendfile(self.socket.fileno(), file.fileno(), at, min(FILE_PIECE, end - at))
+                if not sent:
+                    raise OSError(errno.EIO, "the file was truncated while it was sent")
+                at += sent
+            except BlockingIOError:
+                yield WRITABLE
+            if at - turn >= TURN:
+                turn = at
+                yield WRITABLE
 
 
-def log_request(address: str, who: str, line: bytes, answer: str) -> None:
-    """A line in the common log format; what is not printable ASCII in it is escaped."""
+def log_request(address: str, who: str, line: bytes, outcome: str) -> None:
+    """Write a line in common log format. Everything but printable ASCII is escaped."""
     when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
-    who = escaped(who).replace(" ", "\\x20")
-    # A log that cannot be written is no reason to answer less; and who would be told?
+    who = escape_log(who).replace(" ", "\\x20")
+    # a log that cannot be written costs no response
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f'{address} - {who} [{when}] "{escaped(line.decode("latin-1"))}" {answer}\n')
+        sys.stderr.write(f'{address} - {who} [{when}] "{escape_log(line.decode("latin-1"))}" {outcome}\n')
 
 
-def escaped(text: str) -> str:
+def escape_log(text: str) -> str:
     return re.sub(r'[^\x20-\x7e]|["\\]', lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @functools.lru_cache(1024)
 def field_line(name: str, value: str) -> str:
-    """A line of an answer's header, its name as people are used to read it."""
+    """Return a header field as it is usually spelled. ValueError if it contains a line break."""
     if "\n" in value or "\r" in value:
-        raise ValueError(f"the field {name} has a line break in it")
+        raise ValueError(f"the field {name} contains a line break")
     name = {"etag": "ETag", "www-authenticate": "WWW-Authenticate"}.get(name, name.title())
     return f"{name}: {value}"
 
 
-# == On waitress ==================================================================================
-#
-# Stock waitress runs the application well. Here it is asked for less: to listen, to wait for sockets and
-# to hold the threads; and for its parser of headers. That relies on attributes that it does not
-# document (REQUIRED; most have not changed since 2012). Where one is missing, the stock server runs.
-
-REQUIRED = (
-    (waitress.wasyncore.dispatcher, "socket connected close del_channel _fileno _map"),
-    (waitress.server.TcpWSGIServer, "channel_class active_channels application adj task_dispatcher add_task"),
-    (waitress.server.TcpWSGIServer, "maintenance trigger pull_trigger effective_port"),
-    (waitress.parser, "ParsingError TransferEncodingNotImplemented"),
-    (waitress.parser.HTTPRequestParser, "parse_header chunked content_length body_rcv"),
-    (waitress.parser.HTTPRequestParser, "connection_close expect_continue"),
-    (waitress.task.WSGITask, "get_environment"),
-)
-GRACE = 10  # seconds that requests in flight have to finish after SIGTERM or Ctrl-C
-
-
-class Channel(Connection, waitress.wasyncore.dispatcher):
-    """A connection as waitress's loop and its threads know it."""
-
-    total_outbufs_len = 0  # `run` asks for it, of a stock channel; here the request stays until all has left
-
-    def __init__(self, server: Server, sock: socket.socket, address: tuple[str, int], adj: Any,
-                 map: dict[int, Any]) -> None:
-        Connection.__init__(self, server, address)
-        waitress.wasyncore.dispatcher.__init__(self, sock, map)
-        self.connected = True
-        server.active_channels[self._fileno] = self
-
-    @property
-    def requests(self) -> bool:
-        return self.working
-
-    def del_channel(self, map: dict[int, Any] | None = None) -> None:
-        self.server.active_channels.pop(self._fileno, None)
-        super().del_channel(map)
-
-    def cancel(self) -> None:
-        """Of what no worker came to before the end."""
-        self.working = False
-
-
 class Server(waitress.server.TcpWSGIServer):
-    channel_class = Channel
+    """Accepts connections, and holds what they share."""
+
+    channel_class = Connection
+    next_channel_cleanup = math.inf  # waitress never closes idle connections: see `close_idle`
 
     def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
         self.repository, self.quiet = repository, quiet
-        self.buffer = memoryview(bytearray(BUFFER))  # the loop's: what is received is taken out at once
+        self.buffer = memoryview(bytearray(BUFFER))  # the event loop receives everything through it
+        self.next_cleanup = 0.0
         super().__init__(app, **options)
 
-    def maintenance(self, now: float) -> None:
-        """Closes connections on which nothing moves."""
-        for channel in list(self.active_channels.values()):
-            if channel.is_silent(now - self.adj.channel_timeout):
-                channel.handle_close()
+    def close_idle(self) -> None:
+        """Close connections on which nothing arrives. `run` calls it between two turns of the loop.
 
-    def parse(self, header: bytes) -> Header:
-        """Unreadable, Unimplemented."""
-        parser = waitress.parser.HTTPRequestParser(self.adj)
-        try:
-            parser.parse_header(header)
-        except waitress.parser.TransferEncodingNotImplemented as error:
-            raise Unimplemented(f"{error}. Mend the request.") from None
-        except waitress.parser.ParsingError as error:
-            raise Unreadable(f"{error}. Mend the request.") from None
-        except ValueError:  # of urlsplit; of int with more than 4300 digits
-            raise Unreadable("The header cannot be read. Mend the request.") from None
-        parser.body_rcv = None
-        channel = types.SimpleNamespace(server=self, addr=("", 0), check_client_disconnected=None)
-        environ = waitress.task.WSGITask(channel, parser).get_environment()
-        length = None if parser.chunked else parser.content_length
-        return Header(environ, length, parser.connection_close, parser.expect_continue)
+        Waitress does it by the wall clock, and while it builds the set for poll: a descriptor that is closed
+        then is in the set, and can be a new connection's before poll reports it."""
+        now = time.monotonic()
+        if now < self.next_cleanup:
+            return
+        self.next_cleanup = now + self.adj.cleanup_interval
+        for connection in list(self.active_channels.values()):
+            if connection.gathering is not None:
+                connection.set_low_water(1)  # else a slow client would seem idle
+            if connection.readable() and connection.last_activity < now - self.adj.channel_timeout:
+                connection.handle_close()
 
 
 def make_server(app: WSGIApplication, repository: Repository, options: argparse.Namespace) -> Any:
-    """A waitress server, listening; its own kind where waitress has what that relies on."""
+    """Return a listening server: ours, or the stock one if waitress lacks something that is REQUIRED."""
     settings: dict[str, Any] = {
         "host": options.host, "port": options.port, "threads": options.threads, "ident": "artefacts",
         "recv_bytes": RECEIVE, "asyncore_use_poll": True, "connection_limit": connection_limit(),
         "max_request_body_size": 1 << 62, "max_request_header_size": MAX_HEADER,
         "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
     }
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line per queued request
-    required = ((of, name) for of, names in REQUIRED for name in names.split())
-    missing = [f"{of.__name__}.{name}" for of, name in required if lacks(of, name)]
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a line for each request that waits
+    required = ((owner, name) for owner, names in REQUIRED for name in names.split())
+    missing = [f"{owner.__name__}.{name}" for owner, name in required if lacks(owner, name)]
     if missing:
         log.warning("this waitress lacks %s: large uploads and small fetches are slower", ", ".join(missing))
         return waitress.server.create_server(app, **settings)
     return Server(app, repository, options.quiet, **settings)
 
 
-def lacks(of: Any, name: str) -> bool:
-    """Whether a module has no such attribute, or the objects of a class, be it by their `__init__`."""
-    made = of.__init__.__code__.co_names if isinstance(of, type) else ()  # type: ignore[misc]
-    return not hasattr(of, name) and name not in made
+def lacks(owner: Any, name: str) -> bool:
+    """Return whether a module or class lacks an attribute. A class may also set it in its `__init__`."""
+    set_in_init = owner.__init__.__code__.co_names if isinstance(owner, type) else ()  # type: ignore[misc]
+    return not hasattr(owner, name) and name not in set_in_init
+
+
+def connection_limit() -> int:
+    """Return how many connections, each with an open file, fit the limit on open files. Raise that first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS + 200
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(10, min(CONNECTIONS, (soft - 200) // 2))
 
 
 def run(server: Any, url: str) -> None:
-    """Tells the URL, and serves until SIGTERM or Ctrl-C; then lets requests in flight finish, GRACE
-    seconds at most."""
+    """Print the URL and serve until SIGTERM or Ctrl-C. Then give current requests GRACE seconds to finish."""
 
     def stop(number: int, frame: object) -> None:
         if stopping:
@@ -3382,50 +3309,26 @@ def run(server: Any, url: str) -> None:
     print(url, flush=True)
     while not stopping:
         waitress.wasyncore.loop(timeout=30, use_poll=True, map=server._map, count=1)
+        if isinstance(server, Server):
+            server.close_idle()
     waitress.wasyncore.dispatcher.close(server)  # no new connections
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline and server.active_channels:
-        for channel in server.active_channels.values():
-            channel.will_close |= not (channel.requests or channel.request or channel.total_outbufs_len)
+        for channel in list(server.active_channels.values()):
+            if not (channel.request or channel.requests or channel.total_outbufs_len):
+                channel.handle_close()
         waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
     server.task_dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
     for channel in list(server.active_channels.values()):
-        channel.handle_close()  # which discards what was received of an upload
+        channel.handle_close()  # it discards a half-received upload
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
 # == The program ==================================================================================
 
-CONNECTIONS = 4000  # at once, where the limit on open files admits them
-
-
-def connection_limit() -> int:
-    """How many connections can be held, each with a file, after asking for as many as may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * CONNECTIONS + 200
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(10, min(CONNECTIONS, (soft - 200) // 2))
-
-
-def number_between(low: int, high: int) -> Callable[[object], int]:
-    def convert(value: object) -> int:
-        if not re.fullmatch("[0-9]{1,9}", str(value)) or not low <= int(str(value)) <= high:
-            raise ValueError(f"{value!r} is no number from {low} to {high}")
-        return int(str(value))
-
-    return convert
-
-
-def path(text: str) -> str:
-    if not text:  # an unset variable, not the working directory
-        raise ValueError("no path is given")
-    return text
-
 
 def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
-    """As argparse wants it, so that it tells the reason."""
+    """Wrap a converter for argparse, so that the message of its ValueError is shown."""
 
     def converted(text: str) -> T:
         try:
@@ -3436,37 +3339,21 @@ def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
     return converted
 
 
-def verify(repository: Reader) -> int:
-    """Tells of everything that is not as it was stored; 1 where something is damaged or unreadable. On
-    a terminal with a progress bar."""
-    counts, read = dict.fromkeys(("whole", "new", "changed", "damaged", "unreadable"), 0), 0
-    total = bytes_below(repository.root) if sys.stderr.isatty() else 0
-    for artefact, found in repository.verify():
-        counts[found] += 1
-        read += artefact.size
-        if found != "whole":
-            sys.stderr.write("\r\033[K" if total else "")  # the bar's line, for this one
-            version = artefact.version if artefact.time else ""  # not known of what cannot be read
-            print(f"{found}: {artefact.directory}/{artefact.id} {version}".rstrip(), flush=True)
-        if total:
-            part = min(1, read / total)
-            sys.stderr.write(f"\r[{'#' * round(part * 40):40}] {part:4.0%}, {sum(counts.values())} files ")
-            sys.stderr.flush()
-    sys.stderr.write("\n" if total else "")
-    if not counts["unreadable"]:
-        del counts["unreadable"]
-    print(", ".join(f"{number} {found}" for found, number in counts.items()))
-    return 1 if counts["damaged"] or "unreadable" in counts else 0
+def number_between(low: int, high: int) -> Callable[[str], int]:
+    """Return a converter for the whole numbers from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return int(text)
+
+    return convert
 
 
-def bytes_below(path: str) -> int:
-    """In all files below; what comes and goes meanwhile may be missing."""
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
+def path(text: str) -> str:
+    if not text:  # an unset variable of the shell, which must not mean the working directory
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
 
 
 class Options(argparse.ArgumentParser):
@@ -3478,18 +3365,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = Options(prog="artefacts.py", description=(__doc__ or "").partition("\n")[0])
     add = options.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=as_argument(number_between(0, 65535)), default=8080, metavar="N",
+    add("--port", type=number_between(0, 65535), default=8080, metavar="N",
         help="port to listen on, 0 for a free one (default: %(default)s)")
-    add("--data", type=as_argument(path), default="data", metavar="DIR",
+    add("--data", type=path, default="data", metavar="DIR",
         help="where the artefacts are (default: %(default)s)")
     add("--keep-versions", type=as_argument(number_of_versions), default=0, metavar="N",
         help="versions kept before the current one, or 'all' (default: 0)")
     add("--max-size", type=as_argument(number_of_bytes), metavar="BYTES",
         help="largest artefact accepted, such as 2GiB (default: any)")
-    add("--threads", type=as_argument(number_between(1, 1000)), default=8, metavar="N",
+    add("--threads", type=number_between(1, 1000), default=8, metavar="N",
         help="requests worked on at once (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
-    add("--config", type=as_argument(path), metavar="FILE", help="tokens, and rules for directories (TOML)")
+    add("--config", type=path, metavar="FILE", help="tokens, and rules for directories (TOML)")
     add("--open", action="store_true", help="without tokens, serve the network all the same")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="without tokens, a name besides the loopback's that this server is asked by")
@@ -3500,20 +3387,22 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def new_token(name: str) -> str:
-    """A token, and the lines for --config that make it known."""
+    """Return a new token, and the lines that make it known to --config. ValueError if unprintable."""
     if not name or not name.isprintable():
-        raise ValueError(f"{name!r} is not a name")
+        raise ValueError(f"{name!r} is not a name; use printable characters")
     token = secrets.token_urlsafe(32)
     digest = hashlib.sha256(token.encode()).hexdigest()
     return (
-        f"{token}\n\n# the token above is stored nowhere; these lines are for the --config file:\n"
+        f"{token}\n\n# The token above is stored nowhere. These lines are for the --config file:\n"
         f"[[token]]\nname = {json.dumps(name, ensure_ascii=False)}\n"
         f'sha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
     )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """OSError, ValueError as `read_config`; ValueError where the network would be let in unasked."""
+    """Return the settings of the options and the config file.
+
+    OSError and ValueError as `read_config`. ValueError if the network could do everything without --open."""
     settings = read_config(options.config) if options.config is not None else Settings()
     if not settings.tokens and not options.open and not is_loopback(options.host):
         raise ValueError(
@@ -3525,7 +3414,40 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return replace(settings, keep_versions=options.keep_versions, max_size=options.max_size, hosts=hosts)
 
 
+def verify(repository: Reader) -> int:
+    """Print what is not as it was stored, and the counts. Return 1 if something is damaged or unreadable.
+
+    On a terminal, show a progress bar."""
+    counts = dict.fromkeys(("whole", "new", "changed", "damaged", "unreadable"), 0)
+    total, read = bytes_below(repository.root) if sys.stderr.isatty() else 0, 0
+    for artefact, state in repository.verify():
+        counts[state] += 1
+        read += artefact.size
+        if state != "whole":
+            sys.stderr.write("\r\033[K" if total else "")  # clear the progress bar
+            version = artefact.version if artefact.time else ""  # unreadable: unknown
+            print(f"{state}: {artefact.directory}/{artefact.id} {version}".rstrip(), flush=True)
+        if total:
+            part = min(1, read / total)
+            sys.stderr.write(f"\r[{'#' * round(part * 40):40}] {part:4.0%}, {sum(counts.values())} files ")
+            sys.stderr.flush()
+    sys.stderr.write("\n" if total else "")
+    print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state != "unreadable"))
+    return 1 if counts["damaged"] or counts["unreadable"] else 0
+
+
+def bytes_below(path: str) -> int:
+    """Return the size of all files below. Files that are added or removed meanwhile may be missing."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program, and return its exit status: 2 if the options or the data directory cannot be used."""
     options = parse_options(arguments)
     logging.basicConfig(format="%(name)s: %(message)s")
     try:
@@ -3534,11 +3456,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings = settings_of(options)
         if options.verify:
-            with contextlib.suppress(KeyboardInterrupt):
-                return verify(Reader(options.data))
-            return 130
+            return verify(Reader(options.data))
         repository = make_repository(options.data, settings, not options.no_fsync)
         server = make_server(application(repository, settings), repository, options)
+    except KeyboardInterrupt:
+        return 130
     except Unavailable as error:
         sys.stderr.write(f"artefacts.py: {options.data}: {error}\n")
         return 2
@@ -3549,10 +3471,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"artefacts.py: {error}\n")
         return 2
+    gc.freeze()  # what exists now stays, so the collector need not look at it again
+    gc.set_threshold(50_000, 20, 20)
     host = options.host.strip("[]")
     host = f"[{host}]" if ":" in host else host
-    gc.freeze()  # what is there now stays: it need not be looked through again and again
-    gc.set_threshold(50_000, 20, 20)
     run(server, f"http://{host}:{server.effective_port}/artefacts/")
     return 0
 
