@@ -2690,12 +2690,12 @@ def tar_archive(repository: Repository, artefacts: Iterable[Artefact]) -> Iterat
 def send_content(req: falcon.Request, resp: falcon.Response, content: Content, start: int,
                  length: int) -> None:
     """Send bytes of an artefact: few from memory, many as a stream of the file, which the server closes."""
-    resp.content_length = length
     if content.artefact.size <= SMALL:
         resp.data = content.whole()[start : start + length]
     elif length <= SMALL:
         resp.data = content.read(start, length)
     else:
+        resp.content_length = length
         file = content.detach()
         file.seek(start)
         # Only waitress and our own connection get the file itself. Some other servers ignore its position or
