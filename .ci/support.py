@@ -79,11 +79,13 @@ class Server(NamedTuple):
             return client.ask(method, path, body, fields)
 
     def open_files(self) -> Counter[str]:
-        """Count the open file descriptors by name, without sockets."""
+        """Count the open file descriptors by name, without sockets and folders: the program keeps some
+        folders open on purpose."""
         found = []
         for fd in os.listdir(f"/proc/{self.process.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                found.append(os.readlink(f"/proc/{self.process.pid}/fd/{fd}"))
+                if not os.path.isdir(f"/proc/{self.process.pid}/fd/{fd}"):
+                    found.append(os.readlink(f"/proc/{self.process.pid}/fd/{fd}"))
         return Counter(name for name in found if not name.startswith("socket:"))
 
     def descriptors(self) -> int:

@@ -60,7 +60,7 @@ for (const type of ["dragenter", "dragover", "drop"])
 
 
 class Program:
-    """The running program, as one client of it sees it."""
+    """The running program and requests to it."""
 
     def __init__(self, url: str, data: Path) -> None:
         self.url = url
@@ -82,7 +82,7 @@ class Program:
         return body if status == 200 else None
 
     def detail(self, method: str, path: str, **headers: str) -> str:
-        """What it says to a request that it refuses."""
+        """Return the detail of a request that is refused."""
         status, body = self.request(method, path, b"", **headers)
         assert status >= 400
         return str(json.loads(body)["detail"])
@@ -91,7 +91,7 @@ class Program:
         return [artefact["id"] for artefact in json.loads(self.get(directory) or b"{}").get("artefacts", [])]
 
     def incoming(self) -> set[str]:
-        """The uploads that it is staging now."""
+        """Return the names of the current staging files."""
         return {path.name for path in (self.data / ".incoming").iterdir()}
 
 
@@ -114,7 +114,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 
 def luminance(color: str) -> float:
-    """Of a computed color, as WCAG 2 has it."""
+    """Return the relative luminance of a computed color (WCAG 2)."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     red, green, blue = (((part + 0.055) / 1.055) ** 2.4 if part > 0.04 else part / 12.92 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -127,7 +127,7 @@ def contrast(one: str, other: str) -> float:
 
 @contextlib.contextmanager
 def at_work(server: TCPServer) -> Iterator[None]:
-    """Has it serve, on a thread of its own, until the end of the `with`; then it is closed."""
+    """Run the server on a thread of its own until the `with` ends, then close it."""
     with server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -140,8 +140,8 @@ def at_work(server: TCPServer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def elsewhere(page: str, type: str, then: int = 200) -> Iterator[tuple[str, list[str]]]:
-    """Another server, which answers everything with this page, after the first time with the status `then`:
-    its URL, and the requests that it saw."""
+    """Run another server that answers every request with this page. After the first answer, the status is
+    `then`. Yield its URL and the list of requests that it received."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -166,14 +166,14 @@ def elsewhere(page: str, type: str, then: int = 200) -> Iterator[tuple[str, list
 
 
 class Narrow(ThreadingTCPServer):
-    """A line to the program that is slow upwards.
+    """A proxy that slows down uploads to the program.
 
-    The browser's own throttling may send to its end what was cancelled."""
+    The browser's own throttling may send a cancelled upload to its end."""
 
     daemon_threads = True
 
     def __init__(self, program: Program, bytes_per_second: float) -> None:
-        """This is the speed of each connection, until `bytes_per_second` is set to another."""
+        """Set the speed of each connection. `bytes_per_second` can be changed later."""
         super().__init__(("127.0.0.1", 0), BaseRequestHandler, bind_and_activate=False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # lest all wait in the kernel
         self.server_bind()
@@ -200,7 +200,7 @@ class Narrow(ThreadingTCPServer):
 
 
 class Browser:
-    """A page in the browser, and a person's ways with it."""
+    """A page in the browser, and what a person does with it."""
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
@@ -218,7 +218,7 @@ class Browser:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def texts(self, selector: str) -> list[str]:
-        """What a person sees of these elements, those that are hidden left out."""
+        """Return the texts of the elements that are visible."""
         found: list[str] = self.run("""return [...document.querySelectorAll(arguments[0])]
             .filter(element => element.checkVisibility()).map(element => element.textContent)""", selector)
         return found
@@ -232,20 +232,20 @@ class Browser:
         return link.find_element(By.XPATH, "ancestor::tr")
 
     def press(self, text: str, within: WebElement | None = None) -> None:
-        """Presses the visible button of this text."""
+        """Press the visible button with this text."""
         buttons = (within or self.driver).find_elements(By.TAG_NAME, "button")
         next(button for button in buttons if button.is_displayed() and button.text == text).click()
 
     def type(self, selector: str, text: str) -> None:
-        """Replaces what is in a field."""
+        """Replace the content of a field."""
         self.find(selector).send_keys(Keys.CONTROL + "a" + Keys.NULL + (text or Keys.DELETE))
 
     def keys(self, *keys: str) -> None:
-        """Sends keys to whatever has the focus."""
+        """Send keys to the focused element."""
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def question(self) -> str:
-        """What the dialog asks, once it does."""
+        """Wait for the dialog. Return its question."""
         self.until(lambda: self.find("dialog").is_displayed())
         return self.find("dialog p").text
 
@@ -253,13 +253,13 @@ class Browser:
         self.press(text, self.find("dialog"))
 
     def confirm(self, button: str, row: str) -> None:
-        """Presses a row's button, and the dialog's of the same text."""
+        """Press a row's button, then the button with the same text in the dialog."""
         self.press(button, self.row(row))
         self.question()
         self.answer(button)
 
     def pasted(self) -> str:
-        """What was copied."""
+        """Return the text in the clipboard."""
         self.find("#into").send_keys(Keys.CONTROL + "av")
         return str(self.find("#into").get_property("value"))
 
@@ -270,14 +270,14 @@ class Browser:
         self.run(DROP, self.find("#upload"), [(*file, 1)[:3] for file in files])
 
     def requested(self) -> set[str]:
-        """The origins of all that was requested since this was last asked."""
+        """Return the hosts that were requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
         urls = [urlsplit(params["request"]["url"]) for params in sent]
         return {url.netloc for url in urls if url.scheme in ("http", "https", "ws", "wss")}
 
     def log(self, kind: str) -> list[dict[str, Any]]:
-        """What was logged since this was last asked."""
+        """Return the log entries since the last call."""
         return self.driver.get_log(kind)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -304,7 +304,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(started: Browser, program: Program) -> Iterator[Browser]:
-    """The browser, on a window of its usual size; after the test: nothing was requested from elsewhere."""
+    """Yield the browser. Afterwards check that no other host was requested."""
     started.requested()
     yield started
     assert started.requested() <= {program.address}
@@ -319,7 +319,7 @@ def without_script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Iterator[Browser]:
-    """Another browser, for a test that has it ask elsewhere."""
+    """Yield another browser, for a test that requests other hosts."""
     with chromium(tmp_path / "profile", {}) as browser:
         yield browser
 
@@ -333,7 +333,7 @@ def narrow(program: Program) -> Iterator[Narrow]:
 
 @pytest.fixture
 def directory(request: pytest.FixtureRequest) -> str:
-    """A directory of the test's own."""
+    """Return the name of a directory for this test alone."""
     return request.node.name.removeprefix("test_")[:40]  # type: ignore[no-any-return]
 
 
@@ -397,11 +397,12 @@ def test_dropped_files_are_uploaded(browser: Browser, program: Program, director
 def test_a_thousand_files_are_uploaded(browser: Browser, program: Program, directory: str) -> None:
     program.put(f"{directory}/there")
     browser.open(program.url + directory)
-    browser.run("""const real = fetch;
+    browser.run("""const {send} = XMLHttpRequest.prototype;
         let under_way = window.most = 0;
-        window.fetch = (...request) => {
+        XMLHttpRequest.prototype.send = function (body) {
             window.most = Math.max(most, ++under_way);
-            return real(...request).finally(() => under_way--);
+            this.addEventListener("loadend", () => under_way--);
+            send.call(this, body);
         };""")
     browser.drop(*((f"{number}", "x") for number in range(1000)))
     browser.until(lambda: browser.run("return most"))
@@ -413,7 +414,7 @@ def test_a_thousand_files_are_uploaded(browser: Browser, program: Program, direc
     assert len(program.listing(directory)) == 1001
 
 
-def test_a_file_that_cannot_be_asked_after_holds_up_no_other(
+def test_a_file_whose_current_state_cannot_be_read_does_not_stop_the_others(
     browser: Browser, program: Program, directory: str
 ) -> None:
     for name in ("b", "there"):
@@ -593,7 +594,7 @@ def test_link_curl_command_and_digest_are_copied(
 def test_a_curl_command_is_safe_to_paste(
     browser: Browser, program: Program, directory: str, tmp_path: Path
 ) -> None:
-    """Whoever leads somebody here chooses how the URL is written; the browser leaves these signs in it."""
+    """The author of a link chooses how its URL is written. The browser does not encode these characters."""
     name = "it's {a,b} [1-3] $(touch planted).txt"
     program.put(f"{directory}/{name}")
     browser.open(f"{program.url}{directory}/")
@@ -677,7 +678,7 @@ def test_a_directory_is_deleted_once_that_is_confirmed(
 def test_it_says_that_the_server_is_away(
     started: Browser, program: Program, directory: str, query: str, control: str
 ) -> None:
-    """First a proxy answers in its place, with an error and HTML, and then nothing does."""
+    """First a proxy answers with an error and HTML, then nothing answers."""
     for body in (b"one", b"two"):
         program.put(f"{directory}/a", body)
     request = Request(f"{program.url}{quote(directory)}{query}", headers={"Accept": "text/html"})
@@ -878,7 +879,7 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(
 
 
 def test_the_policy_admits_nothing_else(apart: Browser, program: Program, directory: str) -> None:
-    """Whatever got into the page: no script of its own, no style, no frame, no request to elsewhere."""
+    """Markup that got into the page cannot run a script, add a style or a frame, or request another host."""
     browser = apart
     program.put(f"{directory}/a")
     browser.open(program.url + directory)
@@ -930,7 +931,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_was_uploaded_runs_nothing(apart: Browser, program: Program, name: str) -> None:
-    """Files that try to run a script and to read the listing: elsewhere they can, here they cannot."""
+    """Files try to run a script and read the listing. They can from another server, but not from ours."""
     mark = "return document.getElementById('mark').textContent"
     with elsewhere(FILES[name], "image/svg+xml" if name.endswith("svg") else "text/html") as (url, seen):
         apart.open(url + "artefacts/" + name)
