@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import dataclasses
 import datetime
@@ -73,6 +74,7 @@ import secrets
 import signal
 import socket
 import stat
+import struct
 import sys
 import tarfile
 import time
@@ -101,12 +103,13 @@ if TYPE_CHECKING:
 # == Values =======================================================================================
 
 INCOMING, LOCKS, TRASH, VERSIONS = ".incoming", ".locks", ".trash", ".versions"
+LOST_AND_FOUND = "lost+found"  # on every fresh ext4; only root can read it
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
+COPY_PIECE = 16 * 1024 * 1024  # bytes that the kernel copies at once, while a thread hashes behind it
 HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
 HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
-SWEEP_AFTER = 24 * 3600  # seconds: older files in .incoming and .trash were left by a crash
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
 KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: some 20 MB
@@ -115,6 +118,8 @@ OPEN_FOLDERS = 256  # folders that are kept open because their names are known t
 SCANS = 5  # times that a folder is read if it changes meanwhile
 ESTALE_RETRIES = 20  # lookups of a name that another host keeps replacing
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
+
+HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
@@ -181,6 +186,10 @@ class OutOfSpace(ArtefactsError):
     """The file system has less space than is needed."""
 
 
+class CannotStore(ArtefactsError):
+    """The file system of a directory does not allow what a commit needs."""
+
+
 class Unavailable(ArtefactsError):
     """The data directory does not exist."""
 
@@ -206,6 +215,7 @@ class Artefact:
     time: int  # µs since the epoch: when it was stored
     type: str  # the media type
     sha256: str | None  # hex; None: not known yet
+    is_utf8: bool = False  # whether its type is a text type by its name, and its bytes are known to be UTF-8
 
     def is_named(self, directory: str, id: str) -> bool:
         return self.id == id and self.directory == directory
@@ -257,22 +267,35 @@ def check_segment(name: str, what: str) -> str:
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
+def check_directory(name: str) -> str:
+    """Return the name of a directory if it is valid. InvalidName: it breaks a rule."""
+    if name == LOST_AND_FOUND:
+        raise InvalidName(f"'{name}' belongs to the file system. Choose another name.")
+    return check_segment(name, "directory")
+
+
 @functools.lru_cache(1024)
 def check_names(directory: str, id: str) -> tuple[str, ...]:
     """Return the segments of the id. InvalidName: a name breaks a rule, or the id is too long."""
-    check_segment(directory, "directory")
+    check_directory(directory)
     if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
         raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
     return tuple(check_segment(segment, "id") for segment in id.split("/"))
 
 
+def specific_type(announced: str | None) -> str | None:
+    """Return the media type that a client chose, None if it is missing, malformed or unspecific."""
+    announced = (announced or "").strip()
+    if not MEDIA_TYPE.fullmatch(announced):
+        return None
+    return None if announced.partition(";")[0].rstrip().lower() in UNSPECIFIC_TYPES else announced
+
+
 @functools.lru_cache(1024)
 def type_of(id: str, announced: str | None = None) -> str:
     """Return the media type to store: the client's if it is specific, else the type of the name."""
-    if announced and MEDIA_TYPE.fullmatch(announced := announced.strip()):
-        if announced.partition(";")[0].rstrip().lower() not in UNSPECIFIC_TYPES:
-            return announced
-    return TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
+    by_name = TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
+    return specific_type(announced) or by_name
 
 
 # == Files: folders and files below the data directory, by descriptor =============================
@@ -280,6 +303,7 @@ def type_of(id: str, announced: str | None = None) -> str:
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block the reader
 STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+STAGED = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NFS locks only what can be written
 LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
@@ -557,6 +581,37 @@ def open_writable(parent: int, name: str) -> Descriptor:
         return Descriptor(folder.release())
 
 
+def inherit_access(fd: int, folder: int) -> bool:
+    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
+    had been made there. Return whether anything changed."""
+    status, acl = os.fstat(folder), b""
+    if HAS_ATTRIBUTES:
+        with contextlib.suppress(OSError):  # it has none, or its file system knows none
+            acl = os.getxattr(folder, "system.posix_acl_default")
+    if status.st_mode & stat.S_ISGID:
+        with contextlib.suppress(PermissionError):  # the group is not ours
+            os.fchown(fd, -1, status.st_gid)
+    if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
+        entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
+        entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
+        os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
+    return bool(acl or status.st_mode & stat.S_ISGID)
+
+
+@contextlib.contextmanager
+def explain_rename(directory: str) -> Iterator[None]:
+    """Turn the errors of a rename or link that crosses file systems into CannotStore."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY):
+            raise
+        raise CannotStore(
+            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
+            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
+        ) from error
+
+
 def in_the_way(path: str) -> Conflict:
     return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{path}'.")
 
@@ -580,8 +635,8 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 # == Metadata: type and digest in extended attributes =============================================
 
 TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
-DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>"
-HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
+DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
+PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
 NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
 
@@ -598,7 +653,8 @@ def read_attribute(fd: int, name: str) -> str:
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
     if HAS_ATTRIBUTES:
-        os.setxattr(fd, DIGEST_ATTRIBUTE, f"{artefact.sha256} {stamp_of(status)}".encode())
+        value = f"{artefact.sha256} {stamp_of(status)}{' utf-8' if artefact.is_utf8 else ''}"
+        os.setxattr(fd, DIGEST_ATTRIBUTE, value.encode())
 
 
 def write_attributes(fd: int, artefact: Artefact) -> None:
@@ -620,6 +676,20 @@ def stamp_of(status: os.stat_result) -> str:
 def time_of(status: os.stat_result) -> int:
     """Return a file's modification time in µs since the epoch, cut to what a date can express."""
     return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
+
+
+def is_utf8(fd: int, artefact: Artefact) -> bool:
+    """Return whether a file has a text type by its name, and its bytes are UTF-8. Reads a text file."""
+    if not artefact.type.startswith("text/") or artefact.type != type_of(artefact.id):
+        return False
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with contextlib.suppress(UnicodeDecodeError):
+        while piece := os.pread(fd, PIECE, start):
+            decoder.decode(piece)
+            start += len(piece)
+        decoder.decode(b"", final=True)
+        return True
+    return False
 
 
 def sha256_of(fd: int) -> str:
@@ -652,9 +722,12 @@ class Metadata:
         known = self.cached(directory, id, status)
         if known is None:
             digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
-            sha256 = digest if stamp == stamp_of(status) and SHA256.fullmatch(digest) else None
+            utf8 = stamp.endswith(" utf-8")
+            valid = stamp.removesuffix(" utf-8") == stamp_of(status) and SHA256.fullmatch(digest) is not None
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
-            known = Artefact(directory, id, status.st_size, time_of(status), type, sha256)
+            utf8 = utf8 and valid and type == type_of(id)  # a second name of the file has its own type
+            sha256 = digest if valid else None
+            known = Artefact(directory, id, status.st_size, time_of(status), type, sha256, utf8)
             self.known.keep(identity(status), known)
         return known
 
@@ -685,7 +758,8 @@ class Content:
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            self.artefact = replace(self.artefact, sha256=sha256_of(self.file.fd))
+            utf8, sha256 = is_utf8(self.file.fd, self.artefact), sha256_of(self.file.fd)
+            self.artefact = replace(self.artefact, sha256=sha256, is_utf8=utf8)
             self._metadata.store_digest(self.file.fd, self.artefact, self.status)
         return self.artefact
 
@@ -699,6 +773,16 @@ class Content:
             return self.digested(), "changed" if has_stale_digest else "new"
         artefact = replace(self.artefact, sha256=sha256_of(self.file.fd))
         return artefact, "whole" if artefact.sha256 == stored else "damaged"
+
+    def last_push(self) -> int:
+        """Return when these bytes were last pushed, in µs since the epoch."""
+        renewed = read_attribute(self.file.fd, PUSHED_ATTRIBUTE)
+        return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
+
+    def renew(self) -> None:
+        """Store that these bytes were pushed now, if the file system has attributes."""
+        with contextlib.suppress(OSError):
+            os.setxattr(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()).encode())
 
     def read(self, start: int, length: int) -> bytes:
         """Return at most `length` bytes, from byte `start` on."""
@@ -779,13 +863,31 @@ class Upload:
         if self.size <= HASH_INLINE:
             self._sha256.update(data)
             self._hashed = self.size
-        elif self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
-            self._hashing = self._hash_threads.submit(self._hash, self.size)
+        else:
+            self._hash_behind()
 
     def copy(self, content: Content) -> None:
-        """Append a stored file. Damaged: it was cut short."""
-        for piece in content.pieces():
-            self.write(piece)
+        """Append a stored file: the kernel copies or shares the bytes where it can (copy_file_range).
+        Damaged: the file was cut short. TooLarge: the limit is exceeded."""
+        size = content.artefact.size
+        if self.limit is not None and size > self.limit:
+            raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
+        try:
+            while self.size < size:
+                copied = os.copy_file_range(content.file.fd, self._staged(), COPY_PIECE, self.size)
+                if not copied:
+                    raise Damaged(f"'{content.artefact.id}' became shorter while it was copied.")
+                self.size += copied
+                self._hash_behind()
+        except (OSError, AttributeError) as error:  # not on macOS
+            if self.size or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            for piece in content.pieces():
+                self.write(piece)
+
+    def _hash_behind(self) -> None:
+        if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
+            self._hashing = self._hash_threads.submit(self._hash, self.size)
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
@@ -854,6 +956,11 @@ class Upload:
         """Return the status of the file, which may have been moved."""
         return os.fstat(self._file.fd)
 
+    @property
+    def fd(self) -> int:
+        """Return the descriptor of the staging file, made if it is missing. The upload closes it."""
+        return self._staged()
+
     def close(self) -> None:
         """Free everything. A file that was not moved is removed."""
         self._closed = True
@@ -868,10 +975,12 @@ class Upload:
         """Return the descriptor of the staging file, made if it is missing."""
         if self._closed or self.moved:
             raise ValueError("this upload is pushed or closed; stage another one")
-        if self._file.fd < 0:
+        while self._file.fd < 0 or not self._name:
             self._incoming, name = self._files.open_own(INCOMING), self._files.unique_name()
             self._file = Descriptor(os.open(name, STAGE, 0o666, dir_fd=self._incoming.fd))
-            self._name = name
+            fcntl.flock(self._file.fd, fcntl.LOCK_EX)  # a sweep removes what it can lock
+            if os.fstat(self._file.fd).st_nlink:  # else a sweep came between these two calls
+                self._name = name
         return self._file.fd
 
     def _end_hashing(self) -> None:
@@ -1010,19 +1119,45 @@ class Reader:
         with self.files.open_folder() as root, os.scandir(root) as entries:
             return sorted(
                 entry.name for entry in entries
-                if SEGMENT.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                if SEGMENT.fullmatch(entry.name) and entry.name != LOST_AND_FOUND
+                and entry.is_dir(follow_symlinks=False)
             )
 
-    def artefacts(self, directory: str, *, prefix: str = "", after: str = "",
-                  digests: bool = False) -> Generator[Artefact, None, None]:
+    def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
+                  unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory whose ids begin with `prefix` and sort after `after`, by
-        id. NotFound: there is no such directory. `digests`: compute the missing ones. A caller that
-        does not read to the end closes the generator."""
+        id. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot be
+        read is logged, and its id added to `unreadable` at the end, a folder's with a slash. A caller
+        that does not read to the end closes the generator."""
+        errors: list[tuple[str, OSError]] = []
         with self.open_directory(directory) as folder:
-            for id, inside, name in self.files.walk(folder, "", prefix, after):
-                artefact = self._describe(inside, name, directory, id, digests)
-                if artefact is not None:
-                    yield artefact
+            for id, inside, name in self.files.walk(folder, "", prefix, after, unreadable=errors):
+                try:
+                    artefact = self._describe(inside, name, directory, id, digests)
+                except OSError as error:
+                    errors.append((id, error))
+                else:
+                    if artefact is not None:
+                        yield artefact
+        for id, reason in errors:
+            log.error("%s/%s cannot be read: %s", directory, id, reason)
+            if unreadable is not None:
+                unreadable.append(id)
+
+    def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
+        """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
+        such directory. Their digests may not be known."""
+        newest: dict[str, str] = {}
+        with self.open_directory(directory), contextlib.suppress(FileNotFoundError):
+            with self.files.open_folder(directory, VERSIONS) as folder:
+                for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=[]):
+                    id = path.rpartition("/")[0]
+                    if id.startswith(prefix) and id > after and is_version(version):
+                        newest[id] = version
+        for id in sorted(newest):
+            with contextlib.suppress(NotFound, InvalidName), self.fetch(directory, id, newest[id]) as content:
+                if self.current(directory, check_names(directory, id)) is None:
+                    yield content.artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -1121,7 +1256,7 @@ class Reader:
     @retry_on_estale
     def open_directory(self, directory: str) -> Descriptor:
         """Return an open directory. The caller closes it. NotFound."""
-        check_segment(directory, "directory")
+        check_directory(directory)
         try:
             return self.files.open_folder(directory)
         except MISSING:
@@ -1185,8 +1320,8 @@ class Reader:
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact | None:
-        """Return the artefact of this name in an open folder; None if it is gone or no file. If it
-        may not be read, return what its name and its folder tell. `digest`: compute a missing digest."""
+        """Return the artefact of this name in an open folder; None if it is gone or no file. `digest`:
+        compute a missing digest."""
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
             known = self.metadata.cached(directory, id, status)
@@ -1198,10 +1333,6 @@ class Reader:
                 return content.digested() if digest else content.artefact
         except (FileNotFoundError, Conflict):
             return None
-        except PermissionError:
-            if digest:
-                raise
-            return Artefact(directory, id, status.st_size, time_of(status), type_of(id), None)
 
 
 # == The repository ===============================================================================
@@ -1221,17 +1352,26 @@ class Repository(Reader):
     disk, and every decision is made under a lock of the file system."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *,
-                 keep_versions: int | Callable[[str], int] = 0, fsync: bool = True) -> None:
-        """Make the data directory if it is missing, and remove what crashes left.
+                 keep_versions: int | Callable[[str], int] = 0, keep_days: Callable[[str], int | None] = lambda _: None,
+                 fsync: bool = True) -> None:
+        """Make the data directory if it is missing, and remove what crashes left. If it cannot be
+        written, the log says so, and everything can still be read.
 
         keep_versions: how many versions before the current one are kept (ALL: every one), or a function
-        of the directory. fsync: False gives up durability in a power cut."""
+        of the directory. keep_days: after how many days without a push `expire` deletes an artefact
+        (None: never). fsync: False gives up durability in a power cut."""
         super().__init__(data, fsync=fsync)
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
-        self.files.make_root()
-        for name in (INCOMING, LOCKS, TRASH):
-            self.files.open_own(name).close()
-        self.sweep()
+        self.keep_days = keep_days
+        try:
+            self.files.make_root()
+            for name in (INCOMING, LOCKS, TRASH):
+                self.files.open_own(name).close()
+            self.sweep()
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.path.isdir(self.root):
+                raise
+            log.warning("%s cannot be written: %s. Artefacts can only be read.", self.root, error.strerror)
 
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
         """Raise what a push of `size` bytes would raise now, as far as that is known without the
@@ -1260,7 +1400,8 @@ class Repository(Reader):
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
         new = Artefact(directory, id, upload.size, current_time(), type_of(id, type), upload.digest())
-        compared = self._compare(upload, new, segments) if self.durable else None
+        new = replace(new, is_utf8=specific_type(type) is None and is_utf8(upload.fd, new))
+        compared = self._compare(upload, new, segments, type) if self.durable else None
         if compared is None:
             upload.seal(new)
         # 2. Take the directory's lock.
@@ -1270,8 +1411,10 @@ class Repository(Reader):
                 check(current)
                 # 4. Make missing folders durable.
                 with self.files.make_folder(directory, *segments[:-1]) as folder:
-                    if current is not None and is_identical(current, upload, new, compared):
+                    if current is not None and is_identical(current, upload, new, compared, type):
                         new = current.artefact
+                        if self.keep_days(directory) is not None:
+                            current.renew()
                         self.files.sync(current.file.fd)  # a file put there by hand may not be durable
                     else:
                         new = self._replace(upload, new, current, folder, versions)
@@ -1302,20 +1445,24 @@ class Repository(Reader):
         if kept is not None and version_time(kept) >= new.time:
             new = replace(new, time=min(version_time(kept) + 1, LAST_TIME))
             upload.seal(new)
-        try:
-            upload.move(folder, name)
-        except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
-            self.files.remove_empty(folder, name)
-            upload.move(folder, name)
+        if inherit_access(upload.fd, folder):
+            self.files.sync(upload.fd)
+        with explain_rename(new.directory):
+            try:
+                upload.move(folder, name)
+            except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
+                self.files.remove_empty(folder, name)
+                upload.move(folder, name)
         if earlier:
             self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
             versions.prune(earlier, kept, keep)
         return new
 
-    def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str]) -> tuple[int, ...] | None:
+    def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str],
+                 type: str | None) -> tuple[int, ...] | None:
         """Return the identity of the current file if it has the upload's bytes, else None."""
         with self.find(new.directory, segments) or contextlib.nullcontext() as current:
-            if current is not None and is_identical(current, upload, new, None):
+            if current is not None and is_identical(current, upload, new, None, type):
                 return identity(current.status)
         return None
 
@@ -1328,11 +1475,21 @@ class Repository(Reader):
             self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
             check(current)
 
-        with self.fetch(directory, id, version) as content, self.stage() as upload:
-            upload.copy(content)
-            if content.artefact.sha256 not in (None, upload.digest()):
-                raise Damaged(f"Version '{version}' is damaged on disk. Restore another one.")
-            return self.push(upload, directory, id, type=content.artefact.type, check=check_both)
+        with self.fetch(directory, id, version) as content:
+            return self.promote(content, directory, id, check=check_both)
+
+    def promote(self, source: Content, directory: str, id: str, *, limit: int | None = None,
+                check: Check = accept_any) -> tuple[Artefact, bool]:
+        """Push a copy of a stored file, with its type, as `push` does. The bytes are hashed once more:
+        Damaged: they are not those that were stored. The caller closes the source."""
+        artefact = source.artefact
+        self.admit(directory, id, artefact.size, check)
+        with self.stage(limit) as upload:
+            upload.copy(source)
+            if artefact.sha256 not in (None, upload.digest()):
+                raise Damaged(f"Version '{artefact.version}' is damaged on disk. Choose another one.")
+            type = None if artefact.type == type_of(id) else artefact.type
+            return self.push(upload, directory, id, type=type, check=check)
 
     def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
         """Delete an artefact. If versions are kept, it becomes one. NotFound."""
@@ -1376,31 +1533,74 @@ class Repository(Reader):
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
             with self.files.lock(directory):
                 self.open_directory(directory).close()  # a folder, not a symbolic link
-                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                with explain_rename(directory):
+                    os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.files.sync(root)
-            with contextlib.suppress(OSError):  # so that a sweep takes it for new; it is removed below
-                os.utime(name, dir_fd=trash, follow_symlinks=False)
             self._discard(trash, TRASH, name)
 
+    def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
+        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and
+        yield them. An artefact that is pushed meanwhile stays. dry_run: only yield them."""
+
+        def check_age(current: Content | None) -> None:
+            if current is None or current.last_push() >= limit:
+                raise PreconditionFailed("It was pushed meanwhile.")
+
+        for directory in self.directories():
+            days = self.keep_days(directory)
+            if days is None:
+                continue
+            limit = current_time() - days * 86_400_000_000
+            for artefact in self.artefacts(directory):
+                with contextlib.suppress(NotFound, PreconditionFailed):
+                    if artefact.time < limit:
+                        with self.fetch(directory, artefact.id) as content:
+                            check_age(content)
+                        if not dry_run:
+                            self.erase_all(directory, artefact.id, check=check_age)
+                        yield artefact
+
     def sweep(self) -> None:
-        """Remove what crashes left in `.incoming/` and `.trash/` more than a day ago."""
+        """Remove staging files whose writer has died, and what is left in the trash."""
         for own in (INCOMING, TRASH):
             with self.files.open_own(own) as folder:
                 for name in os.listdir(folder):
-                    with contextlib.suppress(FileNotFoundError):  # swept by another process
-                        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                        if status.st_mtime < time.time() - SWEEP_AFTER:
-                            self._discard(folder, own, name)
+                    self._discard(folder, own, name)
 
     def _discard(self, folder: int, own: str, name: str) -> None:
-        """Remove a staging file or a trash folder. If that fails the log says so, and a later sweep
-        tries again."""
+        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
+        and the next sweep tries again."""
         try:
-            self.files.remove_tree(folder, name)
-        except FileNotFoundError:  # swept by another process
+            with contextlib.ExitStack() as stack:
+                if own == INCOMING:
+                    with contextlib.suppress(IsADirectoryError):  # put there by hand
+                        file = Descriptor(os.open(name, STAGED, dir_fd=folder))
+                        fcntl.flock(stack.enter_context(file), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.files.remove_tree(folder, name)
+        except (FileNotFoundError, BlockingIOError):  # removed by another process; in use
             pass
         except OSError as error:
             log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
+
+    def check_health(self) -> None:
+        """Write, fsync, read and remove a staging file. OSError, Unavailable, OutOfSpace."""
+        self.check_space(1024 * 1024)
+        with self.stage() as upload:
+            upload.write(b"health")
+            self.files.sync(upload.fd)
+            if upload.read() != b"health":
+                raise OSError(errno.EIO, "a file has other bytes than were written")
+
+    def check_directories(self) -> None:
+        """Log what the next pushes to a directory would fail at, or would erase."""
+        with self.files.open_own(INCOMING) as incoming:
+            device = os.fstat(incoming).st_dev
+        for directory in self.directories():
+            with contextlib.suppress(FileNotFoundError), self.files.open_folder(directory) as folder:
+                if os.fstat(folder).st_dev != device:
+                    log.warning("'%s' is on another file system: nothing can be pushed to it", directory)
+                if not self.keeps(directory) and VERSIONS in os.listdir(folder):
+                    log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
 
     def _unlink(self, directory: str, segments: Sequence[str]) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""
@@ -1410,10 +1610,13 @@ class Repository(Reader):
         self.files.remove_while_empty(directory, *segments[:-1])
 
 
-def is_identical(current: Content, upload: Upload, new: Artefact, compared: tuple[int, ...] | None) -> bool:
-    """Return whether the current file has the upload's bytes. `compared`: the identity of a file that
-    is known to have them."""
+def is_identical(current: Content, upload: Upload, new: Artefact, compared: tuple[int, ...] | None,
+                 type: str | None) -> bool:
+    """Return whether the current file has the upload's bytes, and the type if the client chose one.
+    `compared`: the identity of a file that is known to have the bytes."""
     if current.artefact.size != new.size or current.digested().sha256 != new.sha256:
+        return False
+    if specific_type(type) is not None and HAS_ATTRIBUTES and current.artefact.type != new.type:
         return False
     return identity(current.status) == compared or upload.equals(current)
 

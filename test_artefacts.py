@@ -839,15 +839,18 @@ def test_listing_reflects_changes_made_by_hand(data: Path, repository: a.Reposit
     assert bool(repository.files._listed) == bool(pause)
 
 
-def test_old_leftovers_of_crashes_are_swept(data: Path, repository: a.Repository) -> None:
-    for age, own in itertools.product(("young", "old"), (".incoming", ".trash")):
-        add_file(data / own / f"folder-{age}/x", b"1")
-        add_file(data / own / f"file-{age}", b"2")
-        for leftover in (data / own).glob("*" + age):
-            os.utime(leftover, times=(time.time() - a.SWEEP_AFTER + (-60 if age == "old" else 60),) * 2)
-    a.Repository(data)
-    young = {f"{own}/{name}-young" for own in (".incoming", ".trash") for name in ("file", "folder")}
-    assert {name.removesuffix("/x") for name in tree(data)} == young
+def test_leftovers_of_dead_processes_are_swept_and_live_uploads_are_not(
+    data: Path, repository: a.Repository
+) -> None:
+    for own in ".incoming", ".trash":
+        add_file(data / own / "folder/x", b"1")
+        add_file(data / own / "file", b"2")
+    with repository.stage() as upload:
+        upload.write(b"live")
+        a.Repository(data).sweep()
+        assert list(tree(data).values()) == [b"live"]
+        repository.push(upload, "app", "x")
+    assert tree(data) == {"app/x": b"live"}
 
 
 def test_a_tree_of_1500_levels_is_removed_from_the_trash_at_start(data: Path) -> None:
