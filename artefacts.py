@@ -199,10 +199,9 @@ class Damaged(ArtefactsError):
 
 
 @functools.lru_cache(4096)
-def _second(seconds: int) -> tuple[str, str]:
-    """Return a second since the epoch as versions write it, and as RFC 3339 writes it."""
-    at = EPOCH + datetime.timedelta(seconds=seconds)
-    return at.strftime("%Y%m%dT%H%M%S"), at.strftime("%Y-%m-%dT%H:%M:%S")
+def format_second(format: str, seconds: int) -> str:
+    """Return a time in seconds since the epoch in a format of strftime, in UTC."""
+    return (EPOCH + datetime.timedelta(seconds=seconds)).strftime(format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +222,12 @@ class Artefact:
     @property
     def version(self) -> str:
         """Return the name of the version, `20261123T014455.123456Z`. Names sort by time."""
-        return f"{_second(self.time // 1_000_000)[0]}.{self.time % 1_000_000:06d}Z"
+        return f"{format_second('%Y%m%dT%H%M%S', self.time // 1_000_000)}.{self.time % 1_000_000:06d}Z"
 
     @property
     def modified(self) -> str:
         """Return the same time in the format of RFC 3339, in UTC."""
-        return f"{_second(self.time // 1_000_000)[1]}.{self.time % 1_000_000:06d}Z"
+        return f"{format_second('%Y-%m-%dT%H:%M:%S', self.time // 1_000_000)}.{self.time % 1_000_000:06d}Z"
 
 
 def version_time(version: str) -> int:
@@ -404,20 +403,15 @@ class Files:
             with Descriptor(os.open(os.path.dirname(path), FOLDER)) as parent:
                 self.sync(parent)
 
-    def check_root(self) -> None:
-        """Raise Unavailable if the root does not exist."""
-        try:
-            os.stat(self.root)
-        except FileNotFoundError:
-            raise Unavailable("The data directory does not exist. Tell who runs this server.") from None
-
     def open_folder(self, *names: str) -> Descriptor:
         """Return an open folder, by default the root. The caller closes it. Unavailable: there is no root."""
         try:
             folder = Descriptor(os.open("/".join((self.root, *names[:1])), FOLDER))
-        except FileNotFoundError:
-            self.check_root()
-            raise
+        except FileNotFoundError as error:
+            if names:
+                self.open_folder().close()
+                raise
+            raise Unavailable("The data directory does not exist. Tell who runs this server.") from error
         for name in names[1:]:
             with folder as parent:
                 folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
@@ -437,9 +431,9 @@ class Files:
         link is in the way. The names of all folders in the path are durable, parents first. An
         existing folder is synced once, too: its maker may have died before its own fsync."""
         with contextlib.suppress(*MISSING):
-            with (folder := self.open_folder(*names)) as fd:
-                if not self.fsync or inode(fd) in self.durable_folders:
-                    return Descriptor(folder.release())
+            folder = self.open_folder(*names)
+            if not self.fsync or inode(folder) in self.durable_folders:
+                return folder
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -456,20 +450,18 @@ class Files:
             folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
         except NotADirectoryError:
             raise in_the_way(path) from None
-        with folder as fd:
-            if self.fsync and (key := inode(fd)) not in self.durable_folders:
-                self.sync(parent)
-                self.durable_folders.keep(key, Descriptor(os.dup(fd)))
-            return Descriptor(folder.release())
+        if self.fsync and (key := inode(folder)) not in self.durable_folders:
+            self.sync(parent)
+            self.durable_folders.keep(key, Descriptor(os.dup(folder.fd)))
+        return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
         """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
         BlockingIOError: it is taken, and `wait` is False."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
-        with lock as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return Descriptor(lock.release())
+        fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
 
     def names(self, folder: int) -> list[str]:
         """Return the valid names in an open folder, sorted, a folder's with a slash at its end.
@@ -549,6 +541,7 @@ class Files:
                     empty(folder)
                 os.rmdir(name_in_top, dir_fd=top)
         os.rmdir(name, dir_fd=parent)
+        self._close_removed()
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -568,9 +561,16 @@ class Files:
                     os.rmdir(name, dir_fd=parents.pop())
                 except OSError as error:
                     # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                        return
-                    raise
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                        raise
+                    break
+        self._close_removed()
+
+    def _close_removed(self) -> None:
+        """Close removed folders: open, they would keep the file system from being mounted read-only."""
+        for key, folder in list(self.durable_folders.items()):
+            if not os.fstat(folder.fd).st_nlink:
+                self.durable_folders.pop(key, None)
 
 
 def open_writable(parent: int, name: str) -> Descriptor:
@@ -616,8 +616,8 @@ def in_the_way(path: str) -> Conflict:
     return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{path}'.")
 
 
-def inode(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def inode(folder: Descriptor) -> tuple[int, int]:
+    status = os.fstat(folder.fd)
     return status.st_dev, status.st_ino
 
 
@@ -721,12 +721,11 @@ class Metadata:
         None if it is missing, or if the stored one belongs to another size or modification time."""
         known = self.cached(directory, id, status)
         if known is None:
-            digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
-            utf8 = stamp.endswith(" utf-8")
-            valid = stamp.removesuffix(" utf-8") == stamp_of(status) and SHA256.fullmatch(digest) is not None
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
-            utf8 = utf8 and valid and type == type_of(id)  # a second name of the file has its own type
-            sha256 = digest if valid else None
+            digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
+            is_current = stamp.removesuffix(" utf-8") == stamp_of(status) and SHA256.fullmatch(digest)
+            utf8 = bool(is_current) and stamp.endswith(" utf-8") and type == type_of(id)
+            sha256 = digest if is_current else None
             known = Artefact(directory, id, status.st_size, time_of(status), type, sha256, utf8)
             self.known.keep(identity(status), known)
         return known
@@ -1139,25 +1138,18 @@ class Reader:
                 else:
                     if artefact is not None:
                         yield artefact
-        for id, reason in errors:
-            log.error("%s/%s cannot be read: %s", directory, id, reason)
-            if unreadable is not None:
-                unreadable.append(id)
+        self._report(directory, errors, unreadable)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
         such directory. Their digests may not be known."""
-        newest: dict[str, str] = {}
-        with self.open_directory(directory), contextlib.suppress(FileNotFoundError):
-            with self.files.open_folder(directory, VERSIONS) as folder:
-                for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=[]):
-                    id = path.rpartition("/")[0]
-                    if id.startswith(prefix) and id > after and is_version(version):
-                        newest[id] = version
+        self.open_directory(directory).close()
+        newest = dict(self._earlier(directory))  # of one id, the last one is the newest
         for id in sorted(newest):
-            with contextlib.suppress(NotFound, InvalidName), self.fetch(directory, id, newest[id]) as content:
-                if self.current(directory, check_names(directory, id)) is None:
-                    yield content.artefact
+            if id.startswith(prefix) and id > after:
+                with contextlib.suppress(NotFound), self.fetch(directory, id, newest[id]) as content:
+                    if self.current(directory, check_names(directory, id)) is None:
+                        yield content.artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -1220,36 +1212,37 @@ class Reader:
         """Read every artefact and every version, and yield each with what its bytes are: as
         `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
         for directory in self.directories():
-            for path in ((directory,), (directory, VERSIONS)):
-                unreadable: list[tuple[str, OSError]] = []
+            unreadable: list[str] = []
+            current = ((artefact.id, None) for artefact in self.artefacts(directory, unreadable=unreadable))
+            for path, stored in (("", current), (f"{VERSIONS}/", self._earlier(directory, unreadable))):
                 try:
-                    with self.files.open_folder(*path) as folder:
-                        yield from self._verify_folder(folder, path, unreadable)
-                except FileNotFoundError:  # no versions, or removed meanwhile
-                    pass
+                    for id, version in stored:
+                        with contextlib.suppress(NotFound, InvalidName):
+                            with self.fetch(directory, id, version) as content:
+                                yield content.verified()
                 except OSError as error:
-                    unreadable.append(("", error))
-                for id, reason in unreadable:
-                    log.error("%s/%s: %s", "/".join(path), id, reason)
-                    yield Artefact(directory, "/".join((*path[1:], id)), 0, 0, "", None), "unreadable"
+                    self._report(directory, [(path, error)], unreadable)
+                for id in unreadable:
+                    yield Artefact(directory, id, 0, 0, "", None), "unreadable"
+                unreadable.clear()
 
-    def _verify_folder(self, folder: int, path: Sequence[str],
-                       unreadable: list[tuple[str, OSError]]) -> Iterator[tuple[Artefact, str]]:
-        for id, inside, name in self.files.walk(folder, longest=MAX_ID + 32, unreadable=unreadable):
-            of, time = id, None
-            if VERSIONS in path:
-                of = id.rpartition("/")[0]
-                if not of or not is_version(name):
-                    continue
-                time = version_time(name)
-            try:
-                with self._open(inside, name, path[0], of, time) as content:
-                    yield content.verified()
-            except (FileNotFoundError, Conflict):  # removed meanwhile; no file
-                pass
-            except OSError as error:
-                if error.errno not in NOT_A_FILE:
-                    unreadable.append((id, error))
+    def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
+        """Yield (id, version) for every earlier version in a directory."""
+        errors: list[tuple[str, OSError]] = []
+        with contextlib.suppress(FileNotFoundError), self.files.open_folder(directory, VERSIONS) as folder:
+            for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=errors):
+                id = path.rpartition("/")[0]
+                if id and is_version(version):
+                    yield id, version
+        self._report(f"{directory}/{VERSIONS}", errors, unreadable)
+
+    def _report(self, place: str, errors: Sequence[tuple[str, OSError]],
+                unreadable: list[str] | None) -> None:
+        """Log what cannot be read, and add it to `unreadable`."""
+        for id, error in errors:
+            log.error("%s/%s cannot be read: %s", place, id, error)
+            if unreadable is not None:
+                unreadable.append(id)
 
     # -- lookups --
 
@@ -1296,16 +1289,16 @@ class Reader:
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
         """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
         Conflict: something else has the name. `time`: µs, of a version."""
-        with (file := Descriptor(os.open(name, READ, dir_fd=folder))) as fd:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode) and next(self.files.walk(fd), None) is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-            if not stat.S_ISREG(status.st_mode):
-                raise in_the_way(id)
-            artefact = self.metadata.read(directory, id, fd, status)
-            if time is not None and time != artefact.time:
-                artefact = replace(artefact, time=time)
-            return Content(self.metadata, artefact, Descriptor(file.release()), status)
+        file = Descriptor(os.open(name, READ, dir_fd=folder))
+        status = os.fstat(file.fd)
+        if stat.S_ISDIR(status.st_mode) and next(self.files.walk(file.fd), None) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        if not stat.S_ISREG(status.st_mode):
+            raise in_the_way(id)
+        artefact = self.metadata.read(directory, id, file.fd, status)
+        if time is not None and time != artefact.time:
+            artefact = replace(artefact, time=time)
+        return Content(self.metadata, artefact, file, status)
 
     def _find_small(self, directory: str, segments: Sequence[str], id: str) -> Content | None:
         """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
@@ -1351,9 +1344,9 @@ class Repository(Reader):
     Any number of instances, in any number of processes, may work on one data directory: all state is on
     disk, and every decision is made under a lock of the file system."""
 
-    def __init__(self, data: str | os.PathLike[str] = "data", *,
-                 keep_versions: int | Callable[[str], int] = 0, keep_days: Callable[[str], int | None] = lambda _: None,
-                 fsync: bool = True) -> None:
+    def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
+                 keep_versions: int | Callable[[str], int] = 0,
+                 keep_days: Callable[[str], int | None] = lambda _: None) -> None:
         """Make the data directory if it is missing, and remove what crashes left. If it cannot be
         written, the log says so, and everything can still be read.
 
