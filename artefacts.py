@@ -581,23 +581,6 @@ def open_writable(parent: int, name: str) -> Descriptor:
         return Descriptor(folder.release())
 
 
-def inherit_access(fd: int, folder: int) -> bool:
-    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
-    had been made there. Return whether anything changed."""
-    status, acl = os.fstat(folder), b""
-    if HAS_ATTRIBUTES:
-        with contextlib.suppress(OSError):  # it has none, or its file system knows none
-            acl = os.getxattr(folder, "system.posix_acl_default")
-    if status.st_mode & stat.S_ISGID:
-        with contextlib.suppress(PermissionError):  # the group is not ours
-            os.fchown(fd, -1, status.st_gid)
-    if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
-        entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
-        entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
-        os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
-    return bool(acl or status.st_mode & stat.S_ISGID)
-
-
 @contextlib.contextmanager
 def explain_rename(directory: str) -> Iterator[None]:
     """Turn the errors of a rename or link that crosses file systems into CannotStore."""
@@ -644,11 +627,26 @@ NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.EN
 def read_attribute(fd: int, name: str) -> str:
     """Return an extended attribute of an open file, "" if it or the support for it is missing."""
     try:
-        return os.getxattr(fd, name).decode("ascii", "replace") if HAS_ATTRIBUTES else ""
+        return os.getxattr(fd, name).decode("latin-1") if HAS_ATTRIBUTES else ""
     except OSError as error:
         if error.errno not in NO_ATTRIBUTES | {errno.ENODATA}:
             raise
         return ""
+
+
+def inherit_access(fd: int, folder: int) -> bool:
+    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
+    had been made there. Return whether anything changed, which the caller then makes durable."""
+    status, before = os.fstat(folder), os.fstat(fd)
+    acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
+    if status.st_mode & stat.S_ISGID and before.st_gid != status.st_gid:
+        with contextlib.suppress(PermissionError):  # the group is not ours
+            os.fchown(fd, -1, status.st_gid)
+    if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
+        entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
+        entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
+        os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
+    return bool(acl) or os.fstat(fd).st_gid != before.st_gid
 
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
@@ -871,9 +869,10 @@ class Upload:
         size = content.artefact.size
         if self.limit is not None and size > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
+        file = self._staged()
         try:
             while self.size < size:
-                copied = os.copy_file_range(content.file.fd, self._staged(), COPY_PIECE, self.size)
+                copied = os.copy_file_range(content.file.fd, file, COPY_PIECE, self.size)
                 if not copied:
                     raise Damaged(f"'{content.artefact.id}' became shorter while it was copied.")
                 self.size += copied
@@ -920,17 +919,21 @@ class Upload:
         return self._sha256.hexdigest()
 
     def seal(self, artefact: Artefact) -> None:
-        """Set the file's time and attributes, and fsync it. If that fails the upload is closed: a
-        second fsync would report a success that is none."""
+        """Set the file's time and attributes, and fsync it."""
         file = self._staged()
         os.utime(file, ns=(artefact.time * 1000, artefact.time * 1000))
         write_attributes(file, artefact)
+        self.sync()
+        self.sealed = True
+
+    def sync(self) -> None:
+        """Fsync the file. If that fails the upload is closed: a second fsync would report a success that
+        is none."""
         try:
-            self._files.sync(file)
+            self._files.sync(self._staged())
         except OSError:
             self.close()
             raise
-        self.sealed = True
 
     def link(self, folder: int, name: str) -> None:
         """Give the file another name, in an open folder. FileExistsError: the name is taken."""
@@ -974,12 +977,14 @@ class Upload:
         """Return the descriptor of the staging file, made if it is missing."""
         if self._closed or self.moved:
             raise ValueError("this upload is pushed or closed; stage another one")
-        while self._file.fd < 0 or not self._name:
-            self._incoming, name = self._files.open_own(INCOMING), self._files.unique_name()
-            self._file = Descriptor(os.open(name, STAGE, 0o666, dir_fd=self._incoming.fd))
-            fcntl.flock(self._file.fd, fcntl.LOCK_EX)  # a sweep removes what it can lock
-            if os.fstat(self._file.fd).st_nlink:  # else a sweep came between these two calls
-                self._name = name
+        while self._file.fd < 0:
+            self._incoming, self._name = self._files.open_own(INCOMING), self._files.unique_name()
+            self._file = Descriptor(os.open(self._name, STAGE, 0o666, dir_fd=self._incoming.fd))
+            with contextlib.suppress(BlockingIOError):  # a sweep removes what it can lock
+                fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file.fd).st_nlink:
+                    break
+            self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
 
     def _end_hashing(self) -> None:
@@ -1065,6 +1070,7 @@ class Versions:
                     return True
             with self._stage() as copy:
                 copy.copy(current)
+                inherit_access(copy.fd, versions)
                 copy.seal(replace(version, sha256=current.digested().sha256))
                 copy.link(versions, name)
             return True
@@ -1439,7 +1445,7 @@ class Repository(Reader):
             new = replace(new, time=min(version_time(kept) + 1, LAST_TIME))
             upload.seal(new)
         if inherit_access(upload.fd, folder):
-            self.files.sync(upload.fd)
+            upload.sync()
         with explain_rename(new.directory):
             try:
                 upload.move(folder, name)
