@@ -301,7 +301,6 @@ ELSEWHERE = {
     "buildCache": "test_clients.py: the requests of Gradle and Terraform; Maven; apt",
     "FROM ": ".ci/bare",
     "services:": "by hand",
-    "  for cache": "glusterfs.py",
 }
 HERE = (
     ".venv/bin/python artefacts.py --keep", "$ echo one", "URL=", ".venv/bin/python artefacts.py --new-token",
