@@ -154,13 +154,21 @@ def require_attributes(data: Path) -> None:
         pytest.skip("no extended attributes here")
 
 
+def installed(command: str) -> str:
+    """Return the command's name. If it is missing, skip the test, or fail it if REQUIRE_CLIENTS is set."""
+    if shutil.which(command) is None:
+        reason = f"{command} is not installed"
+        if os.environ.get("REQUIRE_CLIENTS"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return command
+
+
 def without_privileges() -> list[str]:
     """Return the words to put before a command, so that file permissions apply to it even for root."""
     if os.geteuid():
         return []
-    if shutil.which("setpriv") is None:
-        pytest.skip("file permissions do not apply to root, and setpriv is not installed")
-    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    return [installed("setpriv"), "--bounding-set=-all", "--inh-caps=-all"]
 
 
 @contextlib.contextmanager
@@ -609,7 +617,7 @@ def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
     def run(*arguments: str, input: bytes = b"") -> str:
         """Run curl and return its output. `@/` in an argument stands for the server's URL."""
         expanded = [argument.replace("@/", program.url.removesuffix("artefacts/")) for argument in arguments]
-        command = ["curl", "-sS", "-m", "20", *expanded]
+        command = [installed("curl"), "-sS", "-m", "20", *expanded]
         done = subprocess.run(command, input=input, capture_output=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done
         return done.stdout.decode()
@@ -620,15 +628,16 @@ def curl(program: Program, tmp_path: Path) -> Callable[..., str]:
 
 def run_curl(*arguments: str) -> tuple[int, dict[str, Any]]:
     """Run curl and return the status and the JSON of the response."""
-    command = ["curl", "-sS", "-w", "%{http_code}", *arguments]
+    command = [installed("curl"), "-sS", "-w", "%{http_code}", *arguments]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return int(answer[-3:]), json.loads(answer[:-3])
 
 
 def pipe(url: str, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run `curl URL | command` in a folder."""
-    script = f"set -o pipefail; curl -fsS '{url}' | {command}"
-    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+    script = f"set -o pipefail; {installed('curl')} -fsS '{url}' | {command}"
+    installed(command.split()[0])
+    return subprocess.run([installed("bash"), "-c", script], cwd=folder, capture_output=True, text=True)
 
 
 TREE = {
@@ -2139,7 +2148,8 @@ def test_large_form_is_not_held_in_memory(served: Program, tmp_path: Path, field
     before, url = served.peak_memory(restart=True), f"{served.url}large{len(fields)}/"
     assert run_curl(*fields, "-F", f"file=@{tmp_path / 'large'}", url)[0] == 201
     assert served.peak_memory() - before < 16 * 1024 * 1024
-    subprocess.run(["cmp", tmp_path / "large", served.data / f"large{len(fields)}/large"], check=True)
+    copy = served.data / f"large{len(fields)}/large"
+    subprocess.run([installed("cmp"), tmp_path / "large", copy], check=True)
 
 
 def test_odd_forms_do_not_break_header_fields(exposed: Program) -> None:
@@ -2246,7 +2256,9 @@ def test_curl_resumes_a_download(curl: Callable[..., str], tmp_path: Path, large
     curl("-C", "-", "-o", "large", "@/artefacts/app/large")  # already complete: 416 with the length
     assert (tmp_path / "large").read_bytes() == large
     # A resumed upload would store only its tail.
-    assert curl("-C", "2", "-T", "f.txt", "@/artefacts/curl/part", *STATUS) == "400 0"
+    # With Expect: curl 8.14 does not send it by itself for so few bytes.
+    with_expect = ("-H", "Expect: 100-continue", "-T", "f.txt")
+    assert curl("-C", "2", *with_expect, "@/artefacts/curl/part", *STATUS) == "400 0"
     assert curl("@/artefacts/curl/part", *STATUS) == "404 0"
 
 

@@ -1,6 +1,6 @@
 """Check which files the program opens under hostile requests and planted links (strace).
 
-Check also that it works behind the reverse proxies of the README (nginx, Caddy), with TLS (openssl, curl).
+Check also that it works behind the README's reverse proxies (nginx, Caddy, Apache), with TLS (openssl, curl).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NamedTuple
 from urllib.parse import quote, urldefrag, urljoin
 
 import pytest
+from readme import block
 
 from test_artefacts import (
     CHUNKED,
@@ -257,31 +258,7 @@ def test_no_link_swapped_during_a_removal_leads_outside(served: Program, tmp_pat
 
 # == Behind a proxy ===============================================================================
 
-# The README shows these configurations; the tests replace only ports and paths.
-NGINX = """\
-server {
-    listen 443 ssl http2;
-    server_name artefacts.example;
-    ssl_certificate     /etc/ssl/artefacts.example.pem;
-    ssl_certificate_key /etc/ssl/artefacts.example.key;
-
-    location / {
-        proxy_pass http://127.0.0.1:8080;
-        proxy_http_version 1.1;
-        proxy_set_header Host $http_host;  # Artefacts compares it with a browser's Origin
-        client_max_body_size 0;            # the limit is --max-size
-        proxy_request_buffering off;       # an upload is written once, by Artefacts
-        proxy_buffering off;
-        proxy_read_timeout 10m;            # a large upload may wait for the disk
-    }
-}
-"""
-CADDY = """\
-artefacts.example {
-    tls /etc/ssl/artefacts.example.pem /etc/ssl/artefacts.example.key
-    reverse_proxy 127.0.0.1:8080
-}
-"""
+# What surrounds each configuration of the README.
 NGINX_FRAME = """\
 user root;
 daemon off;
@@ -290,6 +267,8 @@ error_log {folder}/error.log;
 events {{}}
 http {{
     access_log off;
+    gzip on;
+    gzip_types *;
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
     fastcgi_temp_path {folder}/fastcgi;
@@ -299,6 +278,30 @@ http {{
 }}
 """
 CADDY_FRAME = "{{\n    admin off\n    auto_https disable_redirects\n}}\n{server}"
+APACHE_FRAME = """\
+ServerRoot {folder}
+PidFile {folder}/pid
+ErrorLog {folder}/error.log
+Listen 127.0.0.1:{port}
+User nobody
+Group nogroup
+LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+LoadModule env_module /usr/lib/apache2/modules/mod_env.so
+LoadModule filter_module /usr/lib/apache2/modules/mod_filter.so
+LoadModule deflate_module /usr/lib/apache2/modules/mod_deflate.so
+SetOutputFilter DEFLATE
+LoadModule reqtimeout_module /usr/lib/apache2/modules/mod_reqtimeout.so
+LoadModule ssl_module /usr/lib/apache2/modules/mod_ssl.so
+LoadModule proxy_module /usr/lib/apache2/modules/mod_proxy.so
+LoadModule proxy_http_module /usr/lib/apache2/modules/mod_proxy_http.so
+{server}
+"""
+PROXIES = {  # the beginning of the README's block, its frame, and the command
+    "nginx": ("server {", NGINX_FRAME, "nginx -e {folder}/error.log -c {folder}/config"),
+    "caddy": ("artefacts.example {", CADDY_FRAME, "caddy run --adapter caddyfile --config {folder}/config"),
+    "apache": ("<VirtualHost", APACHE_FRAME, "apache2 -f {folder}/config -DFOREGROUND"),
+}
 
 
 class Proxy(NamedTuple):
@@ -334,7 +337,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture(scope="module", params=["nginx", "caddy"])
+@pytest.fixture(scope="module", params=PROXIES)
 def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder, port = tmp_path_factory.mktemp(request.param), free_port()
     config, certificate, key = folder / "config", folder / "certificate", folder / "key"
@@ -346,21 +349,21 @@ def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "tokens.toml").write_text(TOKENS)
     data, options = fill(folder / "data", "public", "app-1"), f"--no-fsync --config={folder}/tokens.toml"
     with Program(data, *options.split(" ")) as program, contextlib.ExitStack() as stack:
-        frame, server = (NGINX_FRAME, NGINX) if request.param == "nginx" else (CADDY_FRAME, CADDY)
+        start, frame, command = PROXIES[request.param]
+        server = block(start)
         for name, other in (
-            ("listen 443", f"listen 127.0.0.1:{port}"), ("127.0.0.1:8080", f"127.0.0.1:{program.port}"),
+            ("listen 443", f"listen 127.0.0.1:{port}"), ("*:443", f"127.0.0.1:{port}"),
+            ("127.0.0.1:8080", f"127.0.0.1:{program.port}"),
             ("example {", f"example:{port} {{\n    bind 127.0.0.1"),
             ("/etc/ssl/artefacts.example.pem", str(certificate)),
             ("/etc/ssl/artefacts.example.key", str(key)),
         ):  # fmt: skip
             server = server.replace(name, other)
-        config.write_text(frame.format(folder=folder, server=server))
-        command = ["nginx", "-e", str(folder / "error.log"), "-c", str(config)]
-        if request.param == "caddy":
-            command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(config)]
+        config.write_text(frame.format(folder=folder, port=port, server=server))
+        arguments = command.format(folder=folder).split()
         log = stack.enter_context((folder / "log").open("wb"))
         environment = os.environ | {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-        process = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        process = stack.enter_context(subprocess.Popen(arguments, stdout=log, stderr=log, env=environment))
         stack.callback(process.terminate)
         running = Proxy(request.param, program, port, folder)
 
@@ -371,11 +374,6 @@ def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
         eventually(listening, 30)
         yield running
-
-
-def test_readme_shows_the_tested_configurations() -> None:
-    readme = (PROGRAM.parent / "README.md").read_text()
-    assert NGINX in readme and CADDY in readme
 
 
 def test_bearer_and_basic_pass_the_proxy(proxy: Proxy) -> None:
