@@ -116,6 +116,7 @@ KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: som
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
 OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
 SCANS = 5  # times that a folder is read if it changes meanwhile
+VERSION_SCANS = 20  # times that the names of versions are read if commits change them meanwhile
 ESTALE_RETRIES = 20  # lookups of a name that another host keeps replacing
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
 
@@ -128,6 +129,7 @@ MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:[ \t]*;[\x20
 log = logging.getLogger("artefacts")
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 MICROSECOND = datetime.timedelta(microseconds=1)
+DAY = 86_400_000_000  # µs
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
 # The interpreter's table, not the machine's: a type must not depend on where the program runs.
@@ -571,7 +573,8 @@ class Files:
                     os.rmdir(name, dir_fd=parents.pop())
                 except OSError as error:
                     # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    # EBUSY: something is mounted there.
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
                         raise
                     break
         self._close_removed()
@@ -591,17 +594,22 @@ def open_writable(parent: int, name: str) -> Descriptor:
         return Descriptor(folder.release())
 
 
-def rename(source: int, name: str, target: int, new_name: str, directory: str) -> None:
-    """Rename between a directory and `.incoming` or `.trash`. CannotStore: that crosses file systems."""
+@contextlib.contextmanager
+def explain_refusal(directory: str) -> Iterator[None]:
+    """Turn the errors by which the file system of a directory refuses a name or a rename into CannotStore."""
     try:
-        os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+        yield
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EBUSY):
-            raise
-        raise CannotStore(
-            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-        ) from error
+        if error.errno in (errno.EXDEV, errno.EBUSY):
+            raise CannotStore(
+                f"The directory '{directory}' is on another file system than the data directory (a mount, an "
+                "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
+            ) from error
+        if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+            raise CannotStore(
+                f"The file system of the directory '{directory}' does not accept this name. Choose another."
+            ) from error
+        raise
 
 
 def in_the_way(path: str) -> Conflict:
@@ -787,10 +795,17 @@ class Content:
         renewed = read_attribute(self.file.fd, PUSHED_ATTRIBUTE)
         return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
 
-    def renew(self) -> None:
-        """Store that these bytes were pushed now, if the file system has attributes."""
-        with contextlib.suppress(OSError):
-            os.setxattr(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()).encode())
+    def renew(self) -> bool:
+        """Store that these bytes were pushed now. Return whether the file has attributes. The caller
+        makes it durable."""
+        try:
+            if HAS_ATTRIBUTES:
+                os.setxattr(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()).encode())
+            return HAS_ATTRIBUTES
+        except OSError as error:
+            if error.errno not in NO_ATTRIBUTES:
+                raise
+            return False
 
     def read(self, start: int, length: int) -> bytes:
         """Return at most `length` bytes, from byte `start` on."""
@@ -952,9 +967,9 @@ class Upload:
         """Give the file another name, in an open folder. FileExistsError: the name is taken."""
         os.link(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder, follow_symlinks=False)
 
-    def move(self, folder: int, name: str, directory: str) -> None:
-        """Rename the file to `name` in an open folder of a directory: the moment of the commit."""
-        rename(self._incoming.fd, self._name, folder, name, directory)
+    def move(self, folder: int, name: str) -> None:
+        """Rename the file to `name` in an open folder: the moment of the commit."""
+        os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
         self._name = ""
 
     @property
@@ -1227,11 +1242,15 @@ class Reader:
         NotFound: there is none. Opens no version."""
         segments = check_names(directory, id)
         versions = self.versions_of(directory, segments)
-        earlier, before, current = versions.names(), None, None
-        while earlier != before:  # else a commit made the current one an earlier one meanwhile
+        earlier, current = versions.names(), None
+        for _ in range(VERSION_SCANS):
             with self.current(directory, segments) or contextlib.nullcontext() as content:
                 current = content and content.artefact.version
             before, earlier = earlier, versions.names()
+            if earlier == before:
+                break  # else a commit made the current one an earlier one meanwhile
+        else:
+            earlier = [name for name in earlier if current is None or name < current]
         if current is None and not earlier:
             raise NotFound(f"'{directory}' has no artefact '{id}', and no versions of it.")
         names = {*earlier, current} if current is not None else {*earlier}
@@ -1265,7 +1284,7 @@ class Reader:
     def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
         errors: list[tuple[str, OSError]] = []
-        with contextlib.suppress(FileNotFoundError), self.files.open_folder(directory, VERSIONS) as folder:
+        with contextlib.suppress(*MISSING), self.files.open_folder(directory, VERSIONS) as folder:
             for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=errors):
                 id = path.rpartition("/")[0]
                 if id and is_version(version):
@@ -1417,10 +1436,11 @@ class Repository(Reader):
         if size > free.f_bavail * free.f_frsize:
             raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
 
-    def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None,
+    def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
         """Commit an upload under its name. Return the current artefact and whether it is new. A push
-        of the bytes that are already current changes nothing.
+        of the bytes that are already current, with their type, changes nothing. by_name: the type comes
+        from a name and not from a client.
 
         `check` gets the current artefact (or None) under the lock; what it raises is passed on.
         Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
@@ -1430,23 +1450,24 @@ class Repository(Reader):
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
         new = Artefact(directory, id, upload.size, current_time(), type_of(id, type), upload.digest())
-        if new.type.startswith("text/") and specific_type(type) is None:
+        by_name = by_name or specific_type(type) is None
+        if by_name and new.type.startswith("text/"):
             new = replace(new, is_utf8=is_utf8(upload.fd, new))
         compared = self._compare(upload, new, segments, type) if self.durable else None
         if compared is None:
             upload.seal(new)
         # 2. Take the directory's lock.
-        with (lock := self.files.lock(directory, wait)):
+        with explain_refusal(directory), (lock := self.files.lock(directory, wait)):
             with self.find(directory, segments) or contextlib.nullcontext() as current:
                 # 3. Check the preconditions against the current state.
                 check(current)
                 # 4. Make missing folders durable.
                 with self.files.make_folder(directory, *segments[:-1]) as folder:
-                    if current is not None and is_identical(current, upload, new, compared, type):
+                    if current is not None and is_identical(current, upload, new, compared, type) and (
+                        self.keep_days(directory) is None or current.renew()
+                    ):
                         new = current.artefact
-                        if self.keep_days(directory) is not None:
-                            current.renew()
-                        self.files.sync(current.file.fd)  # a file put there by hand may not be durable
+                        self.files.sync(current.file.fd)  # it was renewed, or put there by hand
                     else:
                         new = self._replace(upload, new, current, folder, versions)
                     # 5. Release the lock, so that the fsyncs of many pushes overlap, and fsync the folder.
@@ -1479,10 +1500,10 @@ class Repository(Reader):
         if inherit_access(upload.fd, folder):
             upload.sync()
         try:
-            upload.move(folder, name, new.directory)
+            upload.move(folder, name)
         except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
             self.files.remove_empty(folder, name)
-            upload.move(folder, name, new.directory)
+            upload.move(folder, name)
         if earlier:
             self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
             versions.prune(earlier, kept, keep)
@@ -1518,8 +1539,8 @@ class Repository(Reader):
             upload.copy(source)
             if artefact.sha256 not in (None, upload.digest()):
                 raise Damaged(f"Version '{artefact.version}' is damaged on disk. Choose another one.")
-            type = None if artefact.type == type_of(id) else artefact.type
-            return self.push(upload, directory, id, type=type, check=check)
+            by_name = artefact.is_utf8 or artefact.sha256 is None
+            return self.push(upload, directory, id, type=artefact.type, by_name=by_name, check=check)
 
     def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
         """Delete an artefact. If versions are kept, it becomes one. NotFound."""
@@ -1563,31 +1584,46 @@ class Repository(Reader):
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
             with self.files.lock(directory):
                 self.open_directory(directory).close()  # a folder, not a symbolic link
-                rename(root, directory, trash, name, directory)
+                with explain_refusal(directory):
+                    os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
     def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
         """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and
-        yield them. An artefact that is pushed meanwhile stays. dry_run: only yield them."""
-
-        def check_age(current: Content | None) -> None:
-            if current is None or current.last_push() >= limit:
-                raise PreconditionFailed("It was pushed meanwhile.")
-
+        yield them. Deleted artefacts that have versions left are among them. An artefact that is pushed
+        meanwhile stays. What cannot be deleted is logged. dry_run: only yield them."""
         for directory in self.directories():
             days = self.keep_days(directory)
             if days is None:
                 continue
-            limit = current_time() - days * 86_400_000_000
-            for artefact in self.artefacts(directory):
-                with contextlib.suppress(NotFound, PreconditionFailed):
-                    if artefact.time < limit:
-                        with self.fetch(directory, artefact.id) as content:
-                            check_age(content)
-                        if not dry_run:
-                            self.erase_all(directory, artefact.id, check=check_age)
+            limit = current_time() - days * DAY
+            with contextlib.suppress(NotFound):  # the directory was deleted meanwhile
+                for artefact in itertools.chain(self.artefacts(directory), self.deleted(directory)):
+                    if artefact.time < limit and self._expire(directory, artefact.id, limit, dry_run):
                         yield artefact
+
+    def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
+        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
+        push is not before `limit` (µs since the epoch)."""
+
+        def check_age(_: Content | None) -> None:
+            names = self.version_names(directory, id)
+            current = next((name for name, is_current in names if is_current), names[0][0])
+            with self.fetch(directory, id, current) as content:
+                if content.last_push() >= limit:
+                    raise PreconditionFailed("It was pushed meanwhile.")
+
+        try:
+            check_age(None)
+            if not dry_run:
+                self.erase_all(directory, id, check=check_age)
+            return True
+        except (NotFound, PreconditionFailed):
+            pass
+        except OSError as error:
+            log.error("%s/%s cannot be deleted: %s", directory, id, error)
+        return False
 
     def sweep(self) -> None:
         """Remove staging files whose writer has died, and what is left in the trash."""
@@ -1622,14 +1658,13 @@ class Repository(Reader):
 
     def check_directories(self) -> None:
         """Log what the next pushes to a directory would fail at, or would erase."""
-        with self.files.open_own(INCOMING) as incoming:
-            device = os.fstat(incoming).st_dev
+        device = os.lstat(f"{self.root}/{INCOMING}").st_dev
         for directory in self.directories():
-            with contextlib.suppress(FileNotFoundError), self.files.open_folder(directory) as folder:
-                if os.fstat(folder).st_dev != device:
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if os.lstat(f"{self.root}/{directory}").st_dev != device:
                     log.warning("'%s' is on another file system: nothing can be pushed to it", directory)
-                if not self.keeps(directory) and VERSIONS in os.listdir(folder):
-                    log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
+            if not self.keeps(directory) and os.path.exists(f"{self.root}/{directory}/{VERSIONS}"):
+                log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
 
     def _unlink(self, directory: str, segments: Sequence[str]) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""

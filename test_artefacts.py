@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from email.message import Message
 from pathlib import Path
 from typing import Any, Self
@@ -896,6 +897,234 @@ def test_a_tree_of_1500_levels_is_removed_from_the_trash_at_start(data: Path) ->
     assert os.listdir(data / ".trash") == []
 
 
+def test_lost_and_found_is_not_a_directory(data: Path, repository: a.Repository) -> None:
+    add_file(data / "lost+found/x", b"of the file system")
+    push(repository, "lost+found/x", b"an id may have this name")
+    assert repository.directories() == ["app"]
+    with repository.stage() as upload:
+        for operation in (
+            lambda name: repository.fetch(name, "x"), lambda name: list(repository.artefacts(name)),
+            lambda name: repository.push(upload, name, "x"), repository.delete_directory,
+        ):  # fmt: skip
+            with pytest.raises(a.InvalidName, match="file system"):
+                operation("lost+found")
+    assert {artefact.directory for artefact, _ in repository.verify()} == {"app"}
+    assert sorted(tree(data)) == ["app/lost+found/x", "lost+found/x"]
+
+
+def test_unreadable_names_are_not_listed_but_reported(data: Path) -> None:
+    """List a closed file, a closed folder, and a folder that cannot be entered."""
+    code = IMPORT + """
+import json
+repository, unreadable = artefacts.Reader(sys.argv[1]), []
+ids = [artefact.id for artefact in repository.artefacts("app", digests=True, unreadable=unreadable)]
+print(json.dumps([ids, unreadable]))
+"""
+    for id in "a", "closed/x", "f/closed", "f/open", "names/x", "z":
+        add_file(data / "app" / id, b"1")
+    modes = {"app/closed": 0, "app/f/closed": 0, "app/names": 0o444}
+    for name, mode in modes.items():
+        (data / name).chmod(mode)
+    command = [*without_privileges(), sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    ids, unreadable = json.loads(done.stdout)
+    assert ids == ["a", "f/open", "z"] and sorted(unreadable) == ["closed/", "f/closed", "names/x"]
+    assert done.stderr.count("Permission denied") == 3
+    for name in modes:
+        (data / name).chmod(0o755)
+
+
+def test_data_directory_that_cannot_be_written_can_be_read(data: Path) -> None:
+    code = IMPORT + """
+repository = artefacts.Repository(sys.argv[1])
+with repository.fetch("app", "x") as content:
+    print(content.whole().decode())
+try:
+    repository.check_health()
+except PermissionError:
+    print("read only")
+"""
+    add_file(data / "app/x", b"content")
+    data.chmod(0o555)
+    command = [*without_privileges(), sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["content", "read only"]
+    assert "can only be read" in done.stderr and "Traceback" not in done.stderr
+    data.chmod(0o755)
+    assert tree(data) == {"app/x": b"content"}
+
+
+def test_folder_that_another_process_made_again_is_fsynced(data: Path, events: Events) -> None:
+    """Remove and make a folder behind the back of a repository that knows the folder to be durable."""
+    repository, other = a.Repository(data), a.Repository(data)
+    push(repository, "d/x", b"one")
+    for _ in range(3):
+        other.delete("app", "d/x")
+        (data / "app/d").mkdir()
+        events.clear()
+        push(repository, "d/x", b"one")
+        in_order(events, ("fsync", data / "app"), ("rename", "x"), ("fsync", data / "app/d"))
+
+
+@pytest.mark.parametrize("mode", [0o2775, 0o775])
+def test_file_has_the_group_of_a_setgid_folder(data: Path, events: Events, mode: int) -> None:
+    if os.geteuid():
+        pytest.skip("only root gives files to any group")
+    repository = a.Repository(data, keep_versions=1)
+    for folder in data / "app", data / "app/d":
+        folder.mkdir()
+        os.chown(folder, -1, 12345)
+        folder.chmod(mode)
+    for content in b"1", b"2":
+        push(repository, "d/new/x", content)
+        in_order(events, ("rename", "x"))
+    found = {path.name: path.stat().st_gid == 12345 for path in (data / "app").rglob("*")}
+    assert set(found.values()) == {True} if mode & 0o2000 else not found["x"]
+    file = data / "app/d/new/x"
+    synced = [event for event in events if event == ("fsync", file.stat().st_ino)]
+    assert len(synced) == (2 if mode & 0o2000 else 1)  # the change of the group is durable, too
+
+
+def test_deep_tree_is_removed_without_quadratic_work(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(depth: int, remove: Callable[[str], object]) -> int:
+        """Return how many system calls remove an artefact of so many segments."""
+        counted = itertools.count()
+
+        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*args: Any, **options: Any) -> Any:
+                next(counted)
+                return call(*args, **options)
+
+            return called
+
+        id = "/".join("x" * depth)
+        push(repository, id, b"1")
+        with monkeypatch.context() as patch:
+            for name in "open", "rename", "rmdir", "stat", "fstat", "unlink", "listdir", "scandir", "fchmod":
+                patch.setattr(os, name, counting(getattr(os, name)))
+            remove(id)
+        assert tree(data) in ({}, {"app/": b""})
+        return next(counted)
+
+    for remove in lambda id: repository.delete("app", id), lambda _: repository.delete_directory("app"):
+        assert count(512, remove) < 2.5 * count(256, remove)
+
+
+def test_sweep_removes_the_file_of_a_killed_upload_only(data: Path, repository: a.Repository) -> None:
+    code = IMPORT + """
+import time
+with artefacts.Repository(sys.argv[1]).stage() as upload:
+    upload.write(bytes(artefacts.PIECE + 1))  # more than stays in memory
+    print("written", flush=True)
+    time.sleep(600)
+"""
+    for signal_number in signal.SIGKILL, signal.SIGTERM:
+        command = [sys.executable, "-c", code, str(data)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "written\n"
+            repository.sweep()
+            a.Repository(data)
+            assert [*tree(data).values()] == [bytes(a.PIECE + 1)]
+            process.send_signal(signal_number)
+        repository.sweep()
+        assert tree(data) == {}
+
+
+@pytest.mark.parametrize("sweep", ["is over", "goes on"])
+def test_sweep_between_the_creation_of_a_staging_file_and_its_lock(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, sweep: str
+) -> None:
+    """Sweep before the writer has the lock: it makes another file, without waiting for the sweep."""
+
+    def lock(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        [name] = os.listdir(data / ".incoming")
+        if sweep == "is over":
+            a.Repository(data)
+        else:
+            sweeping.append(os.open(data / ".incoming" / name, os.O_RDWR))
+            flock(sweeping[0], fcntl.LOCK_EX)
+        flock(fd, operation)
+
+    flock, sweeping = fcntl.flock, list[int]()
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with repository.stage() as upload:
+        upload.write(LARGE_BODY)
+        for fd in sweeping:
+            os.close(fd)
+        repository.sweep()
+        repository.push(upload, "app", "x")
+    assert tree(data) == {"app/x": LARGE_BODY}
+
+
+def test_staging_file_that_cannot_be_locked_is_removed(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(errno.ENOLCK)):
+        patch.setattr(fcntl, "flock", refuse)
+        push(repository, "x", b"one")
+    assert tree(data) == {}
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a process with three pipes."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_processes_that_sweep_at_once_do_not_disturb_each_other(data: Path, repository: a.Repository) -> None:
+    code = IMPORT + """
+repository = artefacts.Reader(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+artefacts.Repository(sys.argv[1])
+"""
+    for number in range(300):
+        add_file(data / f".incoming/{number}", b"orphan")
+        add_file(data / f".trash/{number}/a/b/c", b"deleted")
+    command = [sys.executable, "-c", code, str(data)]
+    with repository.stage() as upload, contextlib.ExitStack() as stack:
+        upload.write(b"live")
+        sweepers = [stack.enter_context(start(command)) for _ in range(3)]
+        for sweeper in sweepers:
+            assert sweeper.stdout is not None and sweeper.stdout.readline() == "ready\n"
+        for sweeper in sweepers:
+            assert sweeper.stdin is not None
+            sweeper.stdin.write("\n")
+            sweeper.stdin.flush()
+        assert [sweeper.communicate(timeout=60) for sweeper in sweepers] == [("", "")] * 3
+        repository.sweep()
+        assert [*tree(data).values()] == [b"live"]
+        repository.push(upload, "app", "x")
+    assert tree(data) == {"app/x": b"live"}
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EBUSY, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG])
+def test_refusal_of_the_file_system_names_the_directory(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    push(repository, "x", b"one")
+    for call, operation in (
+        ("rename", lambda: push(repository, "x", b"two")), ("mkdir", lambda: push(repository, "d/x", b"two")),
+        ("rename", lambda: repository.delete_directory("app")),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(a.CannotStore, match="'app'") as caught:
+            patch.setattr(os, call, refuse)
+            operation()
+        assert str(data) not in caught.value.detail
+        assert tree(data) == {"app/x": b"one"}
+    push(repository, "d/x", b"two")
+    assert tree(data) == {"app/x": b"one", "app/d/x": b"two"}
+
+
 # == Storage: metadata ============================================================================
 
 
@@ -1144,6 +1373,57 @@ push(repository, "child")
     assert sorted(tree(data)) == ["app/child", "app/parent"]
 
 
+@pytest.mark.parametrize("copies", ["whole pieces", "a few bytes", "not here", "not between these"])
+def test_copy_has_the_bytes_and_the_digest(
+    repository: a.Repository, monkeypatch: pytest.MonkeyPatch, copies: str
+) -> None:
+    """Copy where copy_file_range works, returns early, is missing (macOS), or fails at once (EXDEV)."""
+    if copies == "not here":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif not hasattr(os, "copy_file_range"):
+        pytest.skip("there is no copy_file_range here")
+    else:
+        copy = os.copy_file_range
+
+        def copy_some(source: int, target: int, count: int, offset: int) -> int:
+            if copies == "not between these":
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return copy(source, target, min(count, 300_000) if copies == "a few bytes" else count, offset)
+
+        monkeypatch.setattr(os, "copy_file_range", copy_some)
+    for content in b"", b"few", LARGE_BODY:
+        push(repository, "x", content)
+        with repository.fetch("app", "x") as source, repository.stage() as upload:
+            upload.copy(source)
+            upload.verify(len(content), sha256(content))
+            assert repository.push(upload, "app", "copy")[0].sha256 == sha256(content)
+        assert fetched(repository, "copy") == content
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, 0])
+def test_failed_copy_is_not_continued(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Fail at once, or cut the source short (0): nothing is stored, and no other way of copying is tried."""
+
+    def fail(source: int, target: int, count: int, offset: int) -> int:
+        calls.append(offset)
+        if error:
+            raise OSError(error, os.strerror(error))
+        os.truncate(data / "app/x", 1000)
+        return copy(source, target, count, offset)
+
+    if not hasattr(os, "copy_file_range"):
+        pytest.skip("there is no copy_file_range here")
+    calls, copy = list[int](), os.copy_file_range
+    push(repository, "x", LARGE_BODY)
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    expected = pytest.raises(OSError, match=os.strerror(error)) if error else pytest.raises(a.Damaged)
+    with repository.fetch("app", "x") as source, expected:
+        repository.promote(source, "other", "x")
+    assert list(tree(data)) == ["app/x"] and calls == ([0] if error else [0, 1000])
+
+
 # == Storage: versions ============================================================================
 
 
@@ -1305,6 +1585,72 @@ def test_file_of_another_user_becomes_a_version(data: Path) -> None:
         assert program.ask(put("/artefacts/app/x", b"two")).status == 200
         assert program.get(f"/artefacts/app/x?version={T1}").body == b"one"
         assert program.ask(head("DELETE", "/artefacts/app/x")).status == 204
+
+
+def test_names_of_10000_versions_are_read_without_opening_one(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(path: str, *args: Any, **options: Any) -> int:
+        opened.append(os.path.basename(path))
+        return carry_out(path, *args, **options)
+
+    start, opened, carry_out = a.version_time(T1), list[str](), os.open
+    names = [a.Artefact("", "", 0, start + number, "", None).version for number in range(10_000)]
+    add_file(data / "app/x", b"current", T3)
+    (data / "app/.versions/x").mkdir(parents=True)
+    for name in names:
+        (data / "app/.versions/x" / name).touch()
+    monkeypatch.setattr(os, "open", record)
+    assert repository.version_names("app", "x") == [(T3, True)] + [(name, False) for name in reversed(names)]
+    assert repository.version_at("app", "x", start + 5000) == names[5000]
+    assert not set(opened) & set(names) and len(opened) < 20
+    repository.erase_all("app", "x")
+    assert not set(opened) & set(names) and len(opened) < 60
+    assert tree(data) == {"app/": b""}
+
+
+def test_names_of_versions_are_found_beside_a_stream_of_commits(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commit after each lookup of the current artefact: the answer is of one moment, and comes."""
+
+    def then_push(*args: Any, **options: Any) -> a.Content | None:
+        content = find(*args, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(repository, "current", find)
+            pushed.append(push(repository, "x", b"%d" % len(pushed)).version)
+        return content
+
+    repository, find = a.Repository(data, keep_versions=a.ALL, fsync=False), a.Repository(data).current
+    pushed = [push(repository, "x", b"0").version]
+    monkeypatch.setattr(repository, "current", then_push)
+    names = repository.version_names("app", "x")
+    assert [name for name, _ in names] == pushed[-2::-1] and [name for name, current in names if current] == [
+        pushed[-2]
+    ]
+
+
+@pytest.mark.parametrize("year", [1960, 1969, 2099, 2106])
+def test_times_other_than_now(data: Path, year: int) -> None:
+    """Keep, fetch, restore and expire a file of another time. The epoch is the first version."""
+    repository = a.Repository(data, keep_versions=2, keep_days=lambda _: 1)
+    add_file(data / "app/x", b"old")
+    seconds = (datetime(year, 6, 1, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
+    os.utime(data / "app/x", (seconds, seconds))
+    if (data / "app/x").stat().st_mtime != seconds:
+        pytest.skip("the file system does not know this time")
+    shown = f"{year}-06-01T00:00:00" if year > 1970 else "1970-01-01T00:00:00"
+    [artefact] = repository.artefacts("app", digests=True)
+    assert artefact.modified == f"{shown}.000000Z" and artefact.sha256 == sha256(b"old")
+    assert [expired.id for expired in repository.expire(dry_run=True)] == (["x"] if year < 1970 else [])
+    new = push(repository, "x", b"new")
+    assert new.time == artefact.time + 1 if year > 2026 else new.time > a.version_time(T3)
+    assert repository.version_names("app", "x") == [(new.version, True), (artefact.version, False)]
+    assert fetched(repository, "x", artefact.version) == b"old"
+    assert repository.version_at("app", "x", artefact.time) == artefact.version
+    restored, _ = repository.restore("app", "x", artefact.version)
+    assert restored.time > new.time and fetched(repository, "x") == b"old"
+    assert [*repository.expire()] == [] and len(tree(data)) == 3
 
 
 # == Storage: the repository ======================================================================
@@ -1480,6 +1826,362 @@ def test_exactly_one_of_many_conditional_writers_wins(
         list(pool.map(run, range(4)))
     digests = [artefact.sha256 for artefact, _ in repository.versions("app", "x")]
     assert digests == [sha256(b"%d" % n) for n in range(40, 0, -1)]
+
+
+def test_same_bytes_with_another_type_are_a_new_version(data: Path, versioned: a.Repository) -> None:
+    require_attributes(data)
+    first = push(versioned, "x.txt", b"one")
+    second = push(versioned, "x.txt", b"one", type="text/markdown")
+    assert second.time > first.time and second.type == "text/markdown"
+    for unspecific in None, "", "application/octet-stream", "text/markdown":
+        assert push(versioned, "x.txt", b"one", type=unspecific) == second
+    assert len(tree(data)) == 2
+    restored, _ = versioned.restore("app", "x.txt", first.version)
+    assert (restored.type, restored.is_utf8, restored.time > second.time) == ("text/plain", True, True)
+    types = [artefact.type for artefact, _ in a.Repository(data).versions("app", "x.txt")]
+    assert types == ["text/plain", "text/markdown", "text/plain"]
+
+
+@pytest.mark.parametrize(("id", "content", "type", "expected"), [
+    ("x.txt", "größe".encode(), None, True), ("x.txt", "größe".encode("latin-1"), None, False),
+    ("x.txt", "größe".encode(), "text/plain", False), ("x.txt", "größe".encode(), "text/html", False),
+    ("x.zip", b"one", None, False), ("x.txt", b"", None, True), ("x.txt", b"\xc3", None, False),
+    ("x.txt", "é".encode() * 200_000, None, True), ("x.txt", b"a" + "é".encode() * 200_000, None, True),
+    ("x.txt", b"a" * a.PIECE * 2 + b"\xff", None, False),
+])  # fmt: skip
+def test_text_that_is_utf8_is_known_to_be(
+    data: Path, repository: a.Repository, id: str, content: bytes, type: str | None, expected: bool
+) -> None:
+    require_attributes(data)
+    assert push(repository, id, content, type=type).is_utf8 == expected
+    for used in repository, a.Repository(data):
+        with used.fetch("app", id) as found:
+            assert found.artefact.is_utf8 == expected
+    add_file(data / f"by-hand/{id}", content)
+    with repository.fetch("by-hand", id) as found:
+        assert found.digested().is_utf8 == (expected or type is not None)
+    os.link(data / f"app/{id}", data / "app/x.html")  # another name has its own type
+    with repository.fetch("app", "x.html") as found:
+        assert not found.artefact.is_utf8
+
+
+def test_deleted_artefacts_are_found_with_their_newest_version(data: Path, versioned: a.Repository) -> None:
+    for id in "d/x", "d/y", "z", "z/below", "current":
+        with contextlib.suppress(a.Conflict):
+            push(versioned, id, b"1")
+    newest = {id: push(versioned, id, b"2").version for id in ("d/x", "d/y", "z", "current")}
+    assert [*versioned.deleted("app")] == []
+    for id in "d/x", "d/y", "z":
+        versioned.delete("app", id)
+    add_file(data / "app/.versions/z/no version", b"by hand")
+    add_file(data / "app/.versions" / T1, b"of no artefact")
+    del newest["current"]
+    assert {artefact.id: artefact.version for artefact in versioned.deleted("app")} == newest
+    assert [artefact.id for artefact in versioned.deleted("app", prefix="d/", after="d/x")] == ["d/y"]
+    versioned.restore("app", "z", newest["z"])
+    versioned.erase_all("app", "d/y")
+    assert [(artefact.id, artefact.size) for artefact in versioned.deleted("app")] == [("d/x", 1)]
+    with pytest.raises(a.NotFound):
+        [*versioned.deleted("other")]
+    add_file(data / "plain/x", b"1")
+    assert [*versioned.deleted("plain")] == []
+
+
+# == Storage: promote =============================================================================
+
+
+def test_promote_an_artefact_and_a_version(data: Path, versioned: a.Repository) -> None:
+    require_attributes(data)
+    first = push(versioned, "x.txt", LARGE_BODY, type="text/x-first")
+    push(versioned, "x.txt", b"second")
+    with versioned.fetch("app", "x.txt", first.version) as source:
+        promoted, created = versioned.promote(source, "releases", "1.0/x.bin")
+    assert created and promoted.time > first.time
+    assert (promoted.type, promoted.sha256) == ("text/x-first", first.sha256)
+    with versioned.fetch("app", "x.txt") as source:
+        replaced, created = versioned.promote(source, "releases", "1.0/x.bin")
+        assert not created and (replaced.type, replaced.is_utf8) == ("text/plain", False)
+        assert versioned.promote(source, "releases", "1.0/x.bin") == (replaced, False)  # nothing changes
+        assert versioned.promote(source, "releases", "x.txt")[0].is_utf8  # its type comes from its name
+    with versioned.fetch("app", "x.txt") as source:  # an artefact onto itself
+        assert versioned.promote(source, "app", "x.txt") == (source.artefact, False)
+    assert tree(data) == {
+        "app/x.txt": b"second", f"app/.versions/x.txt/{first.version}": LARGE_BODY,
+        "releases/x.txt": b"second", "releases/1.0/x.bin": b"second",
+        f"releases/.versions/1.0/x.bin/{promoted.version}": LARGE_BODY,
+    }  # fmt: skip
+
+
+def test_refused_promotion_changes_nothing(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(current: a.Content | None) -> None:
+        assert current is not None
+        raise a.PreconditionFailed("")
+
+    require_attributes(data)
+    push(repository, "x", LARGE_BODY)
+    push(repository, "target", b"old")
+    push(repository, "folder/x", b"")
+    before = tree(data)
+    with repository.fetch("app", "x") as source:
+        for error, target, options in (
+            (a.TooLarge, "target", {"limit": len(LARGE_BODY) - 1}), (a.InvalidName, ".x", {}),
+            (a.PreconditionFailed, "target", {"check": refuse}), (a.Conflict, "folder", {}),
+        ):  # fmt: skip
+            with pytest.raises(error):
+                repository.promote(source, "app", target, **options)
+        with monkeypatch.context() as patch, pytest.raises(a.OutOfSpace):
+            patch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, *[1] * 8)))
+            repository.promote(source, "app", "target")
+    assert tree(data) == before
+    damage(data / "app/x", bytes(10))
+    with repository.fetch("app", "x") as source, pytest.raises(a.Damaged):
+        repository.promote(source, "app", "target")
+    os.truncate(data / "app/x", 10)
+    assert tree(data) == before | {"app/x": bytes(10)}
+
+
+def test_exactly_one_of_many_promotions_wins(data: Path, repository: a.Repository) -> None:
+    """Promote different sources to one new name: the check under the lock admits the first one only."""
+
+    def absent(current: a.Content | None) -> None:
+        if current is not None:
+            raise a.PreconditionFailed("")
+
+    def promote(number: int) -> bool:
+        with repository.fetch("app", str(number)) as source, contextlib.suppress(a.PreconditionFailed):
+            together.wait(20)
+            return repository.promote(source, "releases", "x", check=absent)[1]
+        return False
+
+    together = threading.Barrier(8)
+    for number in range(8):
+        push(repository, str(number), b"%d" % number * 100_000)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(promote, range(8)))
+    assert won.count(True) == 1
+    assert tree(data / "releases") == {"x": b"%d" % won.index(True) * 100_000}
+    assert os.listdir(data / ".incoming") == []
+
+
+# == Storage: retention ===========================================================================
+
+DAYS = {"nightly": 30, "app": 30, "forever": None}
+
+
+def make_old(file: Path, days: float = 40) -> None:
+    """Let the last push of an artefact be this long ago."""
+    time_ns = (time.time_ns() // 1000 - int(days * a.DAY)) * 1000
+    with contextlib.suppress(OSError, AttributeError):
+        os.removexattr(file, a.PUSHED_ATTRIBUTE)
+    os.utime(file, ns=(time_ns, time_ns))
+
+
+@pytest.fixture
+def expiring(data: Path) -> a.Repository:
+    """Return a repository that keeps two versions, and artefacts for the days of DAYS."""
+    return a.Repository(data, keep_versions=2, keep_days=lambda directory: DAYS[directory])
+
+
+def test_expire_deletes_what_was_not_pushed_for_days(data: Path, expiring: a.Repository) -> None:
+    for directory, name in itertools.product(DAYS, ("d/old", "edge", "new")):
+        add_file(data / directory / name, name.encode())
+    add_file(data / f"nightly/.versions/d/old/{T1}", b"version of the old one")
+    add_file(data / f"nightly/.versions/gone/{T1}", b"version of a deleted one")
+    add_file(data / f"nightly/.versions/new/{T1}", b"version of the new one")
+    for directory in DAYS:
+        make_old(data / directory / "d/old", 30.1)
+        make_old(data / directory / "edge", 29.9)
+        make_old(data / directory / "new", 0)
+    before = tree(data)
+    expired = [(artefact.directory, artefact.id) for artefact in expiring.expire(dry_run=True)]
+    assert expired == [("app", "d/old"), ("nightly", "d/old"), ("nightly", "gone")] and tree(data) == before
+    assert [(artefact.directory, artefact.id) for artefact in expiring.expire()] == expired
+    assert tree(data) == {
+        f"nightly/.versions/new/{T1}": b"version of the new one",
+        **{f"{directory}/{name}": name.encode() for directory in DAYS for name in ("edge", "new")},
+        "forever/d/old": b"d/old",
+    }  # fmt: skip
+    for name in "edge", "new":
+        make_old(data / "app" / name)
+    assert [artefact.id for artefact in expiring.expire()] == ["edge", "new"]
+    assert [*expiring.expire()] == [] and tree(data / "app") == {} and (data / "app").is_dir()
+
+
+def test_push_of_the_same_bytes_renews_an_artefact(data: Path, expiring: a.Repository) -> None:
+    require_attributes(data)
+    add_file(data / "app/x", b"one")
+    make_old(data / "app/x")
+    with expiring.fetch("app", "x") as content:
+        before = content.digested()
+    assert [artefact.id for artefact in expiring.expire(dry_run=True)] == ["x"]
+    assert push(expiring, "x", b"one") == before  # clients see no change
+    assert [*expiring.expire()] == [] and tree(data) == {"app/x": b"one"}
+    assert [*a.Repository(data, keep_days=lambda _: 30).expire()] == []  # it is stored with the file
+    tomorrow = a.Repository(data, keep_days=lambda _: -1)
+    assert [artefact.id for artefact in tomorrow.expire(dry_run=True)] == ["x"]
+    unlimited = a.Repository(data)
+    make_old(data / "app/x")
+    push(unlimited, "x", b"one")  # costs nothing where no artefact expires
+    assert [artefact.id for artefact in expiring.expire()] == ["x"] and tree(data) == {"app/": b""}
+
+
+def test_renewal_is_durable(
+    data: Path, events: Events, expiring: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(fd: int, name: str, value: bytes) -> None:
+        events.append(("setxattr", name))
+        carry_out(fd, name, value)
+
+    require_attributes(data)
+    carry_out = os.setxattr
+    push(expiring, "x", b"one")
+    events.clear()
+    monkeypatch.setattr(os, "setxattr", record)
+    push(expiring, "x", b"one")
+    in_order(events, ("setxattr", a.PUSHED_ATTRIBUTE), ("fsync", data / "app/x"))
+
+
+@pytest.mark.parametrize("attributes", ["not on this system", "refused", "out of space"])
+def test_artefact_that_cannot_be_renewed_is_stored_again(
+    data: Path, expiring: a.Repository, monkeypatch: pytest.MonkeyPatch, attributes: str
+) -> None:
+    """Without attributes, a new version keeps the bytes of a push from expiring. It is never just lost."""
+
+    def refuse(*_: object) -> None:
+        code = errno.ENOSPC if attributes == "out of space" else errno.ENOTSUP
+        raise OSError(code, os.strerror(code))
+
+    add_file(data / "app/x", b"one")
+    make_old(data / "app/x")
+    [*expiring.artefacts("app", digests=True)]
+    if attributes == "not on this system":
+        monkeypatch.setattr(a, "HAS_ATTRIBUTES", False)
+    else:
+        monkeypatch.setattr(os, "setxattr", refuse, raising=False)
+    if attributes == "out of space":
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            push(expiring, "x", b"one")
+    else:
+        push(expiring, "x", b"one")
+        assert [*expiring.expire()] == [] and tree(data)["app/x"] == b"one" and len(tree(data)) == 2
+
+
+def test_expire_continues_after_errors_and_finishes_what_was_left(
+    data: Path, expiring: a.Repository, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fail to remove one artefact, and die between an artefact and its versions."""
+
+    def unlink(name: str, **options: Any) -> None:
+        if name in ("b", T1):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        carry_out(name, **options)
+
+    for name in "a", "b", "c", f".versions/c/{T1}", "d":
+        add_file(data / "app" / name, name.encode())
+    carry_out = os.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        assert [artefact.id for artefact in expiring.expire()] == ["a", "d"]
+    assert re.findall("app/. cannot be deleted", caplog.text) == [
+        "app/b cannot be deleted", "app/c cannot be deleted", "app/c cannot be deleted",
+    ]  # fmt: skip
+    assert sorted(tree(data)) == [f"app/.versions/c/{T1}", "app/b"]
+    assert [artefact.id for artefact in expiring.expire()] == ["b", "c"] and tree(data) == {"app/": b""}
+
+
+def test_directory_deleted_during_expire(
+    data: Path, expiring: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "app/x", "app/y", "nightly/x":
+        add_file(data / name, b"")
+    expired = expiring.expire()
+    assert next(expired).id == "x"
+    expiring.delete_directory("app")
+    assert [artefact.directory for artefact in expired] == ["nightly"]
+    monkeypatch.setattr(expiring, "directories", lambda: ["app"])  # deleted after it was listed
+    assert [*expiring.expire()] == []
+
+
+def expire_until_killed(data: str) -> None:
+    """Expire again and again, and print a line for each deletion."""
+    repository = a.Repository(data, keep_days=lambda _: 30)
+    while True:
+        for artefact in repository.expire():
+            print(artefact.id, flush=True)
+
+
+@pytest.mark.parametrize("content", [b"same", None], ids=["same bytes", "new bytes"])
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_artefact_that_is_being_pushed_is_not_expired(
+    data: Path, expiring: a.Repository, kind: str, content: bytes | None
+) -> None:
+    """Expire all the time. An artefact whose push was acknowledged is there until it is old again."""
+
+    def expire() -> None:
+        while not enough.is_set():
+            expired.extend(artefact.id for artefact in expiring.expire())
+
+    def deletions() -> int:
+        return len(expired) if kind == "thread" else output.read_text().count("x\n")
+
+    require_attributes(data)
+    enough, expired, output = threading.Event(), list[str](), data.with_name("output")
+    program = f"import {__name__} as t; t.expire_until_killed({str(data)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with contextlib.ExitStack() as stack:
+        if kind == "thread":
+            running = stack.enter_context(ThreadPoolExecutor(1)).submit(expire)
+            stack.callback(enough.set)
+        else:
+            command = [sys.executable, "-W", "error", "-c", program]
+            log = stack.enter_context(output.open("w"))
+            process = subprocess.Popen(command, env=environment, stdout=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        deadline, number = time.monotonic() + 60, 0
+        while deletions() < 30 or number < 100:
+            assert time.monotonic() < deadline and (kind == "process" or not running.done())
+            body, number = content or b"%d" % number, number + 1
+            push(expiring, "x", body)
+            with contextlib.suppress(FileNotFoundError):
+                make_old(data / "app/x")
+            assert push(expiring, "x", body).sha256 == sha256(body)
+            for _ in range(3):
+                assert fetched(expiring, "x") == body
+                time.sleep(0.001)
+
+
+# == Storage: checks at start and while running ===================================================
+
+
+def test_check_health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = a.Repository(tmp_path / "data")
+    repository.check_health()
+    assert tree(tmp_path / "data") == {}
+    with monkeypatch.context() as patch, pytest.raises(a.OutOfSpace):
+        patch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, *[1] * 8)))
+        repository.check_health()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="other bytes"):
+        patch.setattr(os, "pread", lambda *_: b"\0" * 6)
+        repository.check_health()
+    (tmp_path / "data").rename(tmp_path / "away")
+    with pytest.raises((a.Unavailable, FileNotFoundError)):
+        repository.check_health()
+    assert tree(tmp_path) == {"away/.incoming/": b"", "away/.locks/": b"", "away/.trash/": b""}
+
+
+def test_directories_whose_versions_the_next_push_erases_are_named(
+    data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "kept", "dropped":
+        add_file(data / name / f".versions/x/{T1}", b"")
+    add_file(data / "plain/x", b"")
+    a.Repository(data, keep_versions=lambda directory: int(directory == "kept")).check_directories()
+    assert [record.getMessage() for record in caplog.records] == [
+        "'dropped' has versions: keep_versions = 0 makes a push erase them"
+    ]
 
 
 # == Storage: durability ==========================================================================

@@ -44,12 +44,14 @@ NEW = b"new " * 1000
 CHANGING = [
     "open", "openat", "mkdir", "mkdirat", "write", "pwrite64", "ftruncate", "fallocate", "copy_file_range",
     "fsync", "fdatasync", "rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir",
-    "utimensat", "fsetxattr", "fchmod", "flock",
+    "utimensat", "fsetxattr", "fchmod", "fchown", "flock",
 ]
 READING = [
     "close", "read", "pread64", "getdents64", "fgetxattr", "fstat", "newfstatat", "statx", "statfs", "fcntl",
     "dup",
 ]
+# These change bytes, times, attributes or the owner of an open file.
+WRITING = {"write", "pwrite64", "copy_file_range", "ftruncate", "utimensat", "fsetxattr", "fchown"}
 # A file system may allocate late, so that each of these calls can report that the disk is full.
 ALLOCATING = set(CHANGING) - {"flock", "unlink", "unlinkat", "rmdir"}
 
@@ -259,6 +261,28 @@ def states_of_erase_all(tree: Tree) -> list[Tree]:
     return steps
 
 
+def states_of_expire(tree: Tree) -> list[Tree]:
+    """Return the states of an expire of app: one artefact after the other, each with its versions, and last
+    the versions of the deleted one."""
+    steps = [tree]
+    versions = version_paths(tree, "gone")
+    for path in ["app/lib/x", *version_paths(tree), "app/lib/y", "app/z", *versions]:
+        steps.append(without(steps[-1], path))
+    return steps
+
+
+def promote(repository: a.Repository, source: str, target: str) -> None:
+    """Promote an artefact of app to another id."""
+    with repository.fetch("app", source) as content:
+        repository.promote(content, "app", target)
+
+
+def expire(repository: a.Repository) -> None:
+    """Expire all artefacts of app."""
+    repository.keep_days = lambda directory: 0 if directory == "app" else None
+    assert [artefact.id for artefact in repository.expire()] == ["lib/x", "lib/y", "z", "gone"]
+
+
 def push(repository: a.Repository, directory: str, id: str, content: bytes,
          type: str = "text/x-new") -> a.Artefact:
     with repository.stage() as upload:
@@ -322,6 +346,11 @@ OPERATIONS = {
         lambda repository, old: repository.restore("app", "lib/x", oldest_version(old)),
         lambda tree: states_of_replace(tree, tree[version_paths(tree)[0]]._replace(time=None)),
     ),
+    "promote": Operation(
+        lambda repository, _: promote(repository, "lib/y", "lib/x"),
+        lambda tree: states_of_replace(tree, tree["app/lib/y"]._replace(time=None)),
+    ),
+    "expire": Operation(lambda repository, _: expire(repository), states_of_expire, "unlink"),
     "erase": Operation(
         lambda repository, old: repository.erase("app", "lib/x", oldest_version(old)),
         lambda tree: [tree, without(tree, version_paths(tree)[0])],
@@ -531,7 +560,7 @@ class PowerCut:
         elif call.name in ("fsync", "fdatasync"):
             self.contents.discard(path)
             self.names = {name for name in self.names if os.path.dirname(name) != path}
-        elif call.name in ("write", "pwrite64", "ftruncate", "utimensat", "fsetxattr"):
+        elif call.name in WRITING:
             self.contents.add(path)
         elif call.name.startswith(("mkdir", "link")) or "O_CREAT" in call.arguments:
             self.add_name(path)
@@ -650,7 +679,7 @@ def errors_of(at: int, call: Call) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "operation", ["first push", "replacing push", "delete", "restore", "directory delete"]
+    "operation", ["first push", "replacing push", "delete", "restore", "promote", "directory delete"]
 )
 def test_error_at_every_system_call(before: Path, subtests: pytest.Subtests, operation: str) -> None:
     """Fail each call: the state is old, or new once it is current; no leftovers; later work succeeds."""

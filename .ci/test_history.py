@@ -11,10 +11,11 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,7 +23,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from support import PATIENCE, Answer, Client, Server, keep, serving, sha256
 
-from artefacts import ALL, Artefact, version_time
+from artefacts import (
+    ALL,
+    Artefact,
+    Content,
+    NotFound,
+    PreconditionFailed,
+    Repository,
+    current_time,
+    version_time,
+)
 
 __all__ = ["keep"]  # the fixture
 
@@ -42,6 +52,7 @@ class State:
 
     current: Stored | None = None
     earlier: tuple[Stored, ...] = ()
+    renewed: str = ""  # the version's name for an instant before the last push of bytes that were current
 
     @property
     def versions(self) -> tuple[Stored, ...]:
@@ -60,7 +71,9 @@ class Request:
     """A request for one artefact.
 
     `kind` is PUT, POST, DELETE or GET; restore, erase or fetch (of `version`); at (the instant of `version`);
-    erase all; versions; clear (delete the directory); listed (the artefact's row in the listing).
+    erase all; versions; clear (delete the directory); listed (the artefact's row in the listing); expire
+    (what was last pushed before `version`); promote (of an artefact with the bytes of `body`). `version`
+    of a PUT and of a promote is an instant before it, if artefacts expire.
     """
 
     kind: str
@@ -97,7 +110,7 @@ def after(state: State, request: Request, got: Result, keep: int) -> State | Non
 
     def stores(digest: str, status: int) -> State | None:
         if current is not None and current.digest == digest:
-            return when(status, current)
+            return when(status, current, then=replace(state, renewed=request.version))
         new = got.stored
         if got.status != status or new is None or new.digest != digest:
             return None
@@ -105,7 +118,7 @@ def after(state: State, request: Request, got: Result, keep: int) -> State | Non
             return None
         return state.replaced(new, keep)
 
-    if request.kind == "PUT":
+    if request.kind in ("PUT", "promote"):
         if not request.is_allowed(current):
             return when(412)
         return stores(sha256(request.body), 200 if current else 201)
@@ -133,6 +146,9 @@ def after(state: State, request: Request, got: Result, keep: int) -> State | Non
         if not state.versions:
             return when(404)
         return when(204, then=State()) if request.is_allowed(current) else when(412)
+    if request.kind == "expire":
+        pushed = max(state.renewed, *(stored.version for stored in state.versions), "")
+        return State() if state.versions and pushed < request.version else None
     if request.kind == "clear":
         return when(404) if got.status == 404 and not state.versions else when(204, then=State())
     if request.kind == "versions":
@@ -528,3 +544,109 @@ def test_of_many_exactly_one_wins(servers: tuple[Server, Server], keep: str, met
             assert set(statuses) == {404}  # no version is kept
             continue
         assert statuses.count(winner) == 1 and set(statuses) - {winner} <= losers, statuses
+
+
+# == Concurrent, without HTTP =====================================================================
+
+
+def version_of_now() -> str:
+    return Artefact("", "", 0, current_time(), "", None).version
+
+
+class Expiring(Repository):
+    """A repository in which every artefact expires that was pushed before the sweep.
+
+    `limit` is an instant at or after the one that decides what the running sweep deletes.
+    """
+
+    limit = ""
+
+    def artefacts(self, *args: Any, **options: Any) -> Generator[Artefact, None, None]:
+        self.limit = version_of_now()
+        return super().artefacts(*args, **options)
+
+
+def run_repository(repository: Repository, request: Request) -> Result:
+    """Carry out a request for an artefact of `app`. A promote copies the source that has its `body`."""
+
+    def check(current: Content | None) -> None:
+        if not request.is_allowed(stored(current.digested()) if current else None):
+            raise PreconditionFailed("")
+
+    def stored(artefact: Artefact) -> Stored:
+        return Stored(artefact.version, artefact.sha256 or "")
+
+    try:
+        if request.kind == "GET":
+            with repository.fetch("app", request.id) as content:
+                return Result(200, stored(content.digested()))
+        if request.kind == "DELETE":
+            repository.delete("app", request.id, check=check)
+            return Result(204)
+        if request.kind == "promote":
+            with repository.fetch("sources", sha256(request.body)) as source:
+                artefact, created = repository.promote(source, "app", request.id, check=check)
+        else:
+            with repository.stage() as upload:
+                upload.write(request.body)
+                artefact, created = repository.push(upload, "app", request.id, check=check)
+        return Result(201 if created else 200, stored(artefact))
+    except NotFound:
+        return Result(404)
+    except PreconditionFailed:
+        return Result(412)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expire_and_promote(tmp_path: Path, keep: str, seed: int) -> None:
+    """Push, promote, fetch and delete while sweeps expire: no push is lost, not even of the same bytes.
+
+    Each thread has its own repository, as if it were a process. The sweeps delete what was last pushed before
+    they began, so that each push races with one.
+    """
+
+    def open_repository() -> Expiring:
+        return Expiring(tmp_path, keep_versions=number_of(keep), fsync=False,
+                        keep_days=lambda directory: 0 if directory == "app" else None)
+
+    def work(number: int) -> list[Event]:
+        repository, chance = open_repository(), random.Random(f"{seed} {number}")
+        events, last = [], Stored("", "0" * 64)
+        together.wait(PATIENCE)
+        for _ in range(REQUESTS):
+            kind = chance.choice(["PUT", "PUT", "promote", "promote", "GET", "DELETE"])
+            field = (chance.choice(["If-Match", "If-None-Match"]), last.digest)
+            condition = chance.choice([None, None, field]) if kind in ("PUT", "promote") else None
+            id, body = chance.choice(IDS[:2]), chance.choice(BODIES)
+            request = Request(kind, id, body, version_of_now(), condition)
+            start = time.monotonic_ns()
+            result = run_repository(repository, request)
+            events.append(Event(start, time.monotonic_ns(), request, result))
+            last = result.stored or last
+        finished.append(number)
+        return events
+
+    def sweep() -> list[Event]:
+        repository, events = open_repository(), []
+        together.wait(PATIENCE)
+        while len(finished) < CLIENTS:
+            start = time.monotonic_ns()
+            for artefact in repository.expire():
+                request = Request("expire", artefact.id, version=repository.limit)
+                events.append(Event(start, time.monotonic_ns(), request, Result(204)))
+            time.sleep(0.002)
+        return events
+
+    for body in BODIES:
+        repository = open_repository()
+        with repository.stage() as upload:
+            upload.write(body)
+            repository.push(upload, "sources", sha256(body))
+    together, finished = threading.Barrier(CLIENTS + 1), list[int]()
+    with ThreadPoolExecutor(CLIENTS + 1) as threads:
+        sweeping = threads.submit(sweep)
+        events = list(itertools.chain(*threads.map(work, range(CLIENTS)), sweeping.result()))
+    assert {event.request.kind for event in events} >= {"expire", "promote"}
+    for id in IDS[:2]:
+        explanation = unexplained([event for event in events if event.request.id == id], number_of(keep))
+        assert not explanation, explanation
