@@ -638,16 +638,18 @@ def read_attribute(fd: int, name: str) -> str:
 def inherit_access(fd: int, folder: int) -> bool:
     """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
     had been made there. Return whether anything changed, which the caller then makes durable."""
-    status, before = os.fstat(folder), os.fstat(fd)
+    status, changed = os.fstat(folder), False
     acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
-    if status.st_mode & stat.S_ISGID and before.st_gid != status.st_gid:
+    if status.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != status.st_gid:
         with contextlib.suppress(PermissionError):  # the group is not ours
             os.fchown(fd, -1, status.st_gid)
+            changed = True
     if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
         entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
         entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
         os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
-    return bool(acl) or os.fstat(fd).st_gid != before.st_gid
+        changed = True
+    return changed
 
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
@@ -1121,6 +1123,11 @@ class Versions:
 # == Reading: artefacts and versions, found and opened ============================================
 
 
+def log_unreadable(directory: str, errors: Iterable[tuple[str, OSError]]) -> None:
+    for id, error in errors:
+        log.error("%s/%s cannot be read: %s", directory, id, error)
+
+
 class Reader:
     """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode
     is read to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
@@ -1155,25 +1162,31 @@ class Reader:
                 else:
                     if artefact is not None:
                         yield artefact
-        for id, reason in errors:
-            log.error("%s/%s cannot be read: %s", directory, id, reason)
-            if unreadable is not None:
-                unreadable.append(id)
+        log_unreadable(directory, errors)
+        if unreadable is not None:
+            unreadable.extend(id for id, _ in errors)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
-        such directory. Their digests may not be known."""
+        such directory. Their digests may not be known. What cannot be read is logged."""
         newest: dict[str, str] = {}
+        errors: list[tuple[str, OSError]] = []
         with self.open_directory(directory), contextlib.suppress(*MISSING):
             with self.files.open_folder(directory, VERSIONS) as folder:
-                for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=[]):
+                for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=errors):
                     id = path.rpartition("/")[0]
                     if id.startswith(prefix) and id > after and is_version(version):
                         newest[id] = version
         for id in sorted(newest):
-            with contextlib.suppress(NotFound, InvalidName), self.fetch(directory, id, newest[id]) as content:
-                if self.current(directory, check_names(directory, id)) is None:
-                    yield content.artefact
+            try:
+                with self.fetch(directory, id, newest[id]) as content:
+                    if self.current(directory, check_names(directory, id)) is None:
+                        yield content.artefact
+            except (NotFound, InvalidName):
+                pass
+            except OSError as error:
+                errors.append((id, error))
+        log_unreadable(directory, errors)
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -1568,10 +1581,14 @@ class Repository(Reader):
             if days is None:
                 continue
             limit = current_time() - days * DAY
-            with contextlib.suppress(NotFound):  # the directory was deleted meanwhile
+            try:
                 for artefact in itertools.chain(self.artefacts(directory), self.deleted(directory)):
                     if artefact.time < limit and self._expire(directory, artefact.id, limit, dry_run):
                         yield artefact
+            except NotFound:  # the directory was deleted meanwhile
+                pass
+            except OSError as error:
+                log_unreadable(directory, [("", error)])
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
         """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last

@@ -2082,6 +2082,30 @@ def test_expire_continues_after_errors_and_finishes_what_was_left(
     assert [artefact.id for artefact in expiring.expire()] == ["b", "c"] and tree(data) == {"app/": b""}
 
 
+def test_expire_continues_after_what_cannot_be_read(data: Path) -> None:
+    code = IMPORT + """
+repository = artefacts.Repository(sys.argv[1], keep_days=lambda _: 30)
+print(*(f"{artefact.directory}/{artefact.id}" for artefact in repository.expire()))
+"""
+    stays = [
+        "a/x", f"b/.versions/y/{T1}", "b/x", f"c/.versions/closed/{T1}", f"c/.versions/file/{T2}", "c/file",
+        "c/folder/x",
+    ]  # fmt: skip
+    for name in *stays, f"c/.versions/gone/{T1}", f"c/.versions/old/{T1}", "c/old", "d/x":
+        add_file(data / name, b"")
+    closed = ["a", "b/.versions", "c/.versions/closed", f"c/.versions/old/{T1}", "c/file", "c/folder"]
+    for name in closed:
+        (data / name).chmod(0)
+    command = [*without_privileges(), sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "c/old c/gone d/x\n"
+    assert done.stderr.count("Permission denied") == 7 and "Traceback" not in done.stderr
+    for name in closed:
+        with contextlib.suppress(FileNotFoundError):
+            (data / name).chmod(0o755)
+    assert sorted(tree(data)) == [*stays, "d/"]
+
+
 def test_directory_deleted_during_expire(
     data: Path, expiring: a.Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
