@@ -645,9 +645,9 @@ def inherit_access(fd: int, folder: int) -> bool:
             os.fchown(fd, -1, status.st_gid)
             changed = True
     if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
-        entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
-        entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
-        os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
+        entries = struct.iter_unpack("<HHI", acl[4:])
+        of_file = [struct.pack("<HHI", tag, permissions & 6, id) for tag, permissions, id in entries]
+        os.setxattr(fd, "system.posix_acl_access", acl[:4] + b"".join(of_file))
         changed = True
     return changed
 
