@@ -545,6 +545,17 @@ class Files:
                     empty(folder)
                 os.rmdir(name_in_top, dir_fd=top)
         os.rmdir(name, dir_fd=parent)
+        self.close_removed()
+
+    def close_removed(self) -> None:
+        """Close the durable folders that were removed: an open one prevents a remount as read-only."""
+        for key, folder in tuple(self.durable_folders.items()):
+            try:
+                removed = not os.fstat(folder.fd).st_nlink
+            except OSError:  # ESTALE: another host removed it
+                removed = True
+            if removed:
+                self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -556,6 +567,7 @@ class Files:
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
         with contextlib.ExitStack() as stack:
+            stack.callback(self.close_removed)
             parents = [stack.enter_context(self.open_folder(names[0]))]
             for name in names[1:-1]:
                 parents.append(stack.enter_context(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1]))))

@@ -957,6 +957,20 @@ def test_folder_that_another_process_made_again_is_fsynced(data: Path, events: E
         in_order(events, ("fsync", data / "app"), ("rename", "x"), ("fsync", data / "app/d"))
 
 
+def test_removed_folder_is_not_kept_open(data: Path) -> None:
+    """An open folder without a name would keep the file system from a remount as read-only."""
+    repository = a.Repository(data, keep_versions=1)
+    for remove in (
+        lambda: repository.delete("app", "d/e/x"), lambda: repository.erase_all("app", "d/e/x"),
+        lambda: repository.delete_directory("app"),
+    ):  # fmt: skip
+        for content in b"1", b"2":
+            push(repository, "d/e/x", content)
+        remove()
+        for folder in repository.files.durable_folders.values():
+            assert Path(os.readlink(f"/proc/self/fd/{folder.fd}")).is_dir()
+
+
 @pytest.mark.parametrize("mode", [0o2775, 0o775])
 def test_file_has_the_group_of_a_setgid_folder(data: Path, events: Events, mode: int) -> None:
     if os.geteuid():
