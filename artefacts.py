@@ -553,7 +553,17 @@ class Files:
                     empty(folder)
                 os.rmdir(name_in_top, dir_fd=top)
         os.rmdir(name, dir_fd=parent)
-        self._close_removed()
+        self.close_removed()
+
+    def close_removed(self) -> None:
+        """Close the durable folders that were removed: an open one prevents a remount as read-only."""
+        for key, folder in tuple(self.durable_folders.items()):
+            try:
+                removed = not os.fstat(folder.fd).st_nlink
+            except OSError:  # ESTALE: another host removed it
+                removed = True
+            if removed:
+                self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -577,13 +587,7 @@ class Files:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
                         raise
                     break
-        self._close_removed()
-
-    def _close_removed(self) -> None:
-        """Close removed folders: open, they would keep the file system from being mounted read-only."""
-        for key, folder in list(self.durable_folders.items()):
-            if not os.fstat(folder.fd).st_nlink:
-                self.durable_folders.pop(key, None)
+        self.close_removed()
 
 
 def open_writable(parent: int, name: str) -> Descriptor:
@@ -656,16 +660,17 @@ def inherit_access(fd: int, folder: int) -> bool:
     """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
     had been made there. Return whether anything changed, which the caller then makes durable."""
     status, changed = os.fstat(folder), False
+    acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
     if status.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != status.st_gid:
         with contextlib.suppress(PermissionError):  # the group is not ours
             os.fchown(fd, -1, status.st_gid)
             changed = True
-    if acl := read_attribute(folder, "system.posix_acl_default").encode("latin-1"):
-        # 4 bytes of version, then (tag, permissions, id) each; a file is not executable.
-        entries = ((tag, permissions & 6, id) for tag, permissions, id in struct.iter_unpack("<HHI", acl[4:]))
-        entries_of_file = b"".join(itertools.starmap(struct.Struct("<HHI").pack, entries))
-        os.setxattr(fd, "system.posix_acl_access", acl[:4] + entries_of_file)
-    return changed or bool(acl)
+    if acl:  # 4 bytes of version, then (tag, permissions, id) each; a file is not executable
+        entries = struct.iter_unpack("<HHI", acl[4:])
+        of_file = [struct.pack("<HHI", tag, permissions & 6, id) for tag, permissions, id in entries]
+        os.setxattr(fd, "system.posix_acl_access", acl[:4] + b"".join(of_file))
+        changed = True
+    return changed
 
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
@@ -1193,14 +1198,20 @@ class Reader:
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
-        such directory. Their digests may not be known."""
+        such directory. Their digests may not be known. What cannot be read is logged."""
         self.open_directory(directory).close()
         newest = dict(self._earlier(directory))  # of one id, the last one is the newest
         for id in sorted(newest):
             if id.startswith(prefix) and id > after:
-                with contextlib.suppress(NotFound), self.fetch(directory, id, newest[id]) as content:
-                    if self.current(directory, check_names(directory, id)) is None:
-                        yield content.artefact
+                try:
+                    with self.fetch(directory, id, newest[id]) as content:
+                        if self.current(directory, check_names(directory, id)) is None:
+                            yield content.artefact
+                except (NotFound, InvalidName):
+                    pass
+                except OSError as error:
+                    self._report(directory, [(id, error)], None)
+
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -1598,10 +1609,14 @@ class Repository(Reader):
             if days is None:
                 continue
             limit = current_time() - days * DAY
-            with contextlib.suppress(NotFound):  # the directory was deleted meanwhile
+            try:
                 for artefact in itertools.chain(self.artefacts(directory), self.deleted(directory)):
                     if artefact.time < limit and self._expire(directory, artefact.id, limit, dry_run):
                         yield artefact
+            except NotFound:  # the directory was deleted meanwhile
+                pass
+            except OSError as error:
+                self._report(directory, [("", error)], None)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
         """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last

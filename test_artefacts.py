@@ -966,6 +966,21 @@ def test_folder_that_another_process_made_again_is_fsynced(data: Path, events: E
         in_order(events, ("fsync", data / "app"), ("rename", "x"), ("fsync", data / "app/d"))
 
 
+def test_removed_folder_is_not_kept_open(data: Path) -> None:
+    """An open folder without a name would keep the file system from a remount as read-only."""
+    repository = a.Repository(data, keep_versions=1)
+    removals: list[Callable[[], object]] = [
+        lambda: repository.delete("app", "d/e/x"), lambda: repository.erase_all("app", "d/e/x"),
+        lambda: repository.delete_directory("app"),
+    ]  # fmt: skip
+    for remove in removals:
+        for content in b"1", b"2":
+            push(repository, "d/e/x", content)
+        remove()
+        for folder in repository.files.durable_folders.values():
+            assert Path(os.readlink(f"/proc/self/fd/{folder.fd}")).is_dir()
+
+
 @pytest.mark.parametrize("mode", [0o2775, 0o775])
 def test_file_has_the_group_of_a_setgid_folder(data: Path, events: Events, mode: int) -> None:
     if os.geteuid():
@@ -1089,7 +1104,7 @@ artefacts.Repository(sys.argv[1])
         add_file(data / f".trash/{number}/a/b/c", b"deleted")
     command = [sys.executable, "-c", code, str(data)]
     with repository.stage() as upload, contextlib.ExitStack() as stack:
-        upload.write(b"live")
+        upload.write(LARGE_BODY)
         sweepers = [stack.enter_context(start(command)) for _ in range(3)]
         for sweeper in sweepers:
             assert sweeper.stdout is not None and sweeper.stdout.readline() == "ready\n"
@@ -1099,9 +1114,9 @@ artefacts.Repository(sys.argv[1])
             sweeper.stdin.flush()
         assert [sweeper.communicate(timeout=60) for sweeper in sweepers] == [("", "")] * 3
         repository.sweep()
-        assert [*tree(data).values()] == [b"live"]
+        assert [*tree(data).values()] == [LARGE_BODY]
         repository.push(upload, "app", "x")
-    assert tree(data) == {"app/x": b"live"}
+    assert tree(data) == {"app/x": LARGE_BODY}
 
 
 @pytest.mark.parametrize("error", [errno.EXDEV, errno.EBUSY, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG])
@@ -2089,6 +2104,30 @@ def test_expire_continues_after_errors_and_finishes_what_was_left(
     ]  # fmt: skip
     assert sorted(tree(data)) == [f"app/.versions/c/{T1}", "app/b"]
     assert [artefact.id for artefact in expiring.expire()] == ["b", "c"] and tree(data) == {"app/": b""}
+
+
+def test_expire_continues_after_what_cannot_be_read(data: Path) -> None:
+    code = IMPORT + """
+repository = artefacts.Repository(sys.argv[1], keep_days=lambda _: 30)
+print(*(f"{artefact.directory}/{artefact.id}" for artefact in repository.expire()))
+"""
+    stays = [
+        "a/x", f"b/.versions/y/{T1}", "b/x", f"c/.versions/closed/{T1}", f"c/.versions/file/{T2}", "c/file",
+        "c/folder/x",
+    ]  # fmt: skip
+    for name in *stays, f"c/.versions/gone/{T1}", f"c/.versions/old/{T1}", "c/old", "d/x":
+        add_file(data / name, b"")
+    closed = ["a", "b/.versions", "c/.versions/closed", f"c/.versions/old/{T1}", "c/file", "c/folder"]
+    for name in closed:
+        (data / name).chmod(0)
+    command = [*without_privileges(), sys.executable, "-c", code, str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "c/old c/gone d/x\n"
+    assert done.stderr.count("Permission denied") == 7 and "Traceback" not in done.stderr
+    for name in closed:
+        with contextlib.suppress(FileNotFoundError):
+            (data / name).chmod(0o755)
+    assert sorted(tree(data)) == [*stays, "d/"]
 
 
 def test_directory_deleted_during_expire(

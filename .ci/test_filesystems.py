@@ -125,13 +125,13 @@ repository.check_health()
     used = int(output.split()[1])
     assert used < 1024 * 1024 if kind in SHARES_BYTES else used >= len(BODY)
     assert (data / "releases/1.0/app.zip").read_bytes() == BODY
-    verify = [*UNPRIVILEGED, sys.executable, PROGRAM, "--data", data, "--verify"]
+    verify = [*UNPRIVILEGED, sys.executable, str(PROGRAM), "--data", str(data), "--verify"]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("1 whole"), done
 
 
 def test_directory_on_another_file_system(tmp_path: Path) -> None:
-    """Mount file systems at a directory and at a folder of another one: they can be read, and deleted from."""
+    """Mount a file system at a directory and at a folder: they can be read and deleted from."""
     if os.geteuid():
         pytest.skip("only root can mount a file system")
     code = """
@@ -141,10 +141,9 @@ repository.check_directories()
 for folder in "app", "lib/mounted":
     with open(f"{data}/{folder}/x", "wb") as file:
         file.write(b"by hand")
-refused = [
-    refusal(lambda: push(repository, "app", "new", b"1")), refusal(lambda: push(repository, "app", "x", b"1")),
-    refusal(lambda: push(repository, "lib", "mounted/x", b"1")), refusal(lambda: repository.delete_directory("app")),
-]
+refused = [refusal(lambda: repository.delete_directory("app"))]
+for directory, id in ("app", "new"), ("app", "x"), ("lib", "mounted/x"):
+    refused.append(refusal(lambda: push(repository, directory, id, b"1")))
 assert all("another file system" in detail and data not in detail for detail in refused), refused
 assert os.listdir(f"{data}/.incoming") == []
 for directory, id in ("app", "x"), ("lib", "mounted/x"):
@@ -159,7 +158,8 @@ repository.check_health()
     for folder in "app", "lib/mounted":
         (tmp_path / folder).mkdir(parents=True)
     mount = 'mount -t tmpfs none "$1/app" && mount -t tmpfs none "$1/lib/mounted" && shift && exec "$@"'
-    output = run_python(code, tmp_path, before=("unshare", "--mount", "sh", "-ec", mount, "sh", str(tmp_path)))
+    before = ("unshare", "--mount", "sh", "-ec", mount, "sh", str(tmp_path))
+    output = run_python(code, tmp_path, before=before)
     assert output == "'app' is on another file system: nothing can be pushed to it\n"
     assert (tmp_path / "lib/x").read_bytes() == b"1"
 
@@ -234,7 +234,7 @@ def test_default_acl_and_group_are_inherited(mounted: Mount, kind: str, acl: str
 
     def access(path: Path) -> str:
         """Return owner, group, flags and the effective rights of the ACL."""
-        command = ["getfacl", "--absolute-names", "--all-effective", path]
+        command = ["getfacl", "--absolute-names", "--all-effective", str(path)]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return re.sub(r"...\t+#effective:", "", shown.partition("\n")[2])
 
