@@ -66,7 +66,6 @@ import itertools
 import json
 import logging
 import math
-import mimetypes
 import os
 import re
 import resource
@@ -132,15 +131,50 @@ MICROSECOND = datetime.timedelta(microseconds=1)
 DAY = 86_400_000_000  # µs
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
-# The interpreter's table, not the machine's: a type must not depend on where the program runs.
+# Types by the last extension. A table of our own, because `mimetypes` differs between interpreters and machines.
 # Compressed files have the type of the compressed format, and never a Content-Encoding.
-TYPES = mimetypes.MimeTypes().types_map[True] | {
-    ".gz": "application/gzip", ".tgz": "application/gzip", ".bz2": "application/x-bzip2",
-    ".xz": "application/x-xz", ".zst": "application/zstd", ".br": "application/x-brotli",
-    ".whl": "application/zip", ".jar": "application/java-archive", ".log": "text/plain",
-    ".deb": "application/vnd.debian.binary-package", ".toml": "application/toml",
-    ".yaml": "application/yaml", ".yml": "application/yaml",
-}  # fmt: skip
+TYPE_TABLE = """
+text/plain txt text log out err ini cfg conf properties env nfo list sha1 sha224 sha256 sha384 sha512 md5 sum
+sfv c h cc cpp cxx hpp hxx cs go rs java kt scala swift rb lua r gradle cmake mk proto tf bat ps1 lock srt;
+text/html html htm; text/css css; text/javascript js mjs cjs; text/markdown md markdown; text/csv csv;
+text/tab-separated-values tsv; text/x-diff diff patch; text/x-rst rst; text/x-python py; text/x-tex tex;
+text/x-shellscript sh bash; text/asciidoc adoc; text/calendar ics; text/vcard vcf; text/vtt vtt; text/x-perl
+pl; application/json json map har module; application/ld+json jsonld; application/geo+json geojson;
+application/jsonl jsonl ndjson; application/x-ipynb+json ipynb; application/sarif+json sarif;
+application/manifest+json webmanifest; application/toml toml; application/yaml yaml yml; application/sql sql;
+application/xml xml xsd xsl xslt pom rdf wsdl; application/xhtml+xml xhtml; application/rss+xml rss;
+application/atom+xml atom; application/dash+xml mpd; application/vnd.apple.mpegurl m3u8; application/wasm
+wasm; image/png png; image/apng apng; image/jpeg jpg jpeg; image/gif gif; image/webp webp; image/avif avif;
+image/jxl jxl; image/svg+xml svg; image/vnd.microsoft.icon ico; image/bmp bmp; image/tiff tif tiff; image/heic
+heic; image/heif heif; image/vnd.adobe.photoshop psd; image/x-xcf xcf; image/x-portable-pixmap ppm;
+image/x-portable-graymap pgm; image/x-portable-bitmap pbm; image/x-portable-anymap pnm; audio/mpeg mp3;
+audio/wav wav; audio/flac flac; audio/ogg ogg oga opus; audio/mp4 m4a; audio/aac aac; audio/aiff aif aiff;
+audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v; video/webm webm; video/ogg ogv; video/quicktime mov
+qt; video/x-msvideo avi; video/matroska mkv; video/mpeg mpg mpeg; video/3gpp 3gp; font/woff woff; font/woff2
+woff2; font/ttf ttf; font/otf otf; font/collection ttc; application/vnd.ms-fontobject eot; application/pdf
+pdf; application/postscript ps eps; application/rtf rtf; application/epub+zip epub; application/msword doc;
+application/vnd.openxmlformats-officedocument.wordprocessingml.document docx; application/vnd.ms-excel xls;
+application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx; application/vnd.ms-powerpoint ppt;
+application/vnd.openxmlformats-officedocument.presentationml.presentation pptx;
+application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods;
+application/vnd.oasis.opendocument.presentation odp; application/x-tar tar gem ova; application/zip zip whl
+egg nupkg; application/gzip gz tgz crate; application/x-bzip2 bz2 tbz tbz2; application/x-xz xz txz;
+application/zstd zst tzst; application/x-brotli br; application/x-lz4 lz4; application/x-lzip lz;
+application/x-lzma lzma; application/vnd.rar rar; application/x-7z-compressed 7z; application/x-cpio cpio;
+application/vnd.ms-cab-compressed cab; application/java-archive jar war ear aar; application/java-vm class;
+application/vnd.debian.binary-package deb udeb; application/x-rpm rpm; application/vnd.android.package-archive
+apk aab; application/x-msi msi; application/vnd.snap snap; application/vnd.microsoft.portable-executable exe
+dll; application/x-apple-diskimage dmg; application/x-iso9660-image iso; application/vnd.flatpak flatpak;
+application/vnd.appimage appimage; application/x-qemu-disk qcow2; application/x-sharedlib so;
+application/x-object o; application/x-archive a; application/vnd.apache.parquet parquet;
+application/vnd.apache.arrow.file arrow feather; application/avro avro; application/onnx onnx;
+application/x-hdf5 h5 hdf5; application/x-netcdf nc; application/vnd.sqlite3 sqlite sqlite3 db;
+application/pgp-signature asc sig; application/x-pem-file pem; application/x-x509-ca-cert crt cer;
+application/pkcs10 csr; application/x-pkcs12 p12 pfx
+"""
+TYPES: dict[str, str] = {}
+for _type, *_extensions in map(str.split, TYPE_TABLE.split(";")):
+    TYPES.update(dict.fromkeys(_extensions, _type))
 UNSPECIFIC_TYPES = ("application/octet-stream", falcon.MEDIA_URLENCODED, falcon.MEDIA_MULTIPART)
 
 K = TypeVar("K")
@@ -295,7 +329,7 @@ def specific_type(announced: str | None) -> str | None:
 @functools.lru_cache(1024)
 def type_of(id: str, announced: str | None = None) -> str:
     """Return the media type to store: the client's if it is specific, else the type of the name."""
-    by_name = TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
+    by_name = TYPES.get(os.path.splitext(id)[1][1:].lower(), "application/octet-stream")
     return specific_type(announced) or by_name
 
 
