@@ -51,7 +51,6 @@ import argparse
 import base64
 import codecs
 import contextlib
-import dataclasses
 import datetime
 import errno
 import fcntl
@@ -1728,6 +1727,7 @@ URL_SAFE = re.compile(r"[\w.~/-]*", re.A)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
 FORMATS = ("json", "html", "sha256sums", "tar")
 CACHED_ROWS = 16_384  # rows of JSON listings
+SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
 NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
 INERT_FIELDS = {  # an artefact runs no code in a browser (Fetch; CSP 3)
     "X-Content-Type-Options": "nosniff",
@@ -1944,14 +1944,16 @@ json_string = json.encoder.encode_basestring_ascii
 
 # == Access: who may do what, and which rules hold for a directory ================================
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]{0,5})?", re.A)
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
+ORIGIN = re.compile(f"https?://({HOST.pattern})", re.A)  # groups: authority, host
 CHALLENGES = ('Basic realm="artefacts", charset="UTF-8"', 'Bearer realm="artefacts"')
+READING = ("GET", "HEAD", "OPTIONS", "PROPFIND")
 
 
 def number_of_bytes(value: object) -> int:
     """Return the number of bytes that 1048576, "500MB" or "2GiB" states. Raise ValueError."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", str(value).strip(), re.I)
-    if match is None or isinstance(value, bool) or (match[3] and not match[2]):
+    if match is None or isinstance(value, bool) or not int(match[1]) or (match[3] and not match[2]):
         raise ValueError(f"{value!r} is not a number of bytes, such as 1048576, 500MB or 2GiB")
     power = " KMGT".index(match[2].upper() or " ")
     return int(match[1]) * int((1024 if match[3] else 1000) ** power)
@@ -1964,75 +1966,42 @@ def number_of_versions(value: object) -> int:
     return ALL if value == "all" else int(str(value))
 
 
-def only(description: str, is_valid: Callable[[Any], object]) -> Callable[[object], Any]:
-    """Return a converter that returns valid values as they are, and raises ValueError for others. The message
-    does not show the value, which may be a token."""
+def only(description: str, kind: type, pattern: str = "(?s:.*)") -> Callable[[object], Any]:
+    """Return a converter that returns values of a type that match a pattern. Its ValueError for others does
+    not show them, because a value may be a token."""
 
     def convert(value: object) -> Any:
-        if not is_valid(value):
+        if type(value) is not kind or not re.fullmatch(pattern, str(value)):
             raise ValueError(f"the value is not {description}")
         return value
 
     return convert
 
 
-BOOLEAN = only("true or false", lambda value: isinstance(value, bool))
-NAME = only("a name", lambda value: isinstance(value, str) and re.fullmatch(".+", value))
-DIGEST = only("the SHA-256 of a token, in hex", lambda value: (
-    isinstance(value, str) and SHA256.fullmatch(value) and value != hashlib.sha256().hexdigest()))
-PATTERNS = only("a list of patterns", lambda value: (
-    isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)))
+def patterns(value: object) -> list[str]:
+    return [PATTERN(pattern) for pattern in only("a list of patterns", list)(value)]
 
 
-def key(convert: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
-    """Declare a key of a table of the configuration file. It is required if it has no default."""
-    return dataclasses.field(default=default, metadata={"convert": convert})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """The base of the dataclasses that are made of the tables of the configuration file."""
-
-    @classmethod
-    def of(cls, table: object) -> Self:
-        """Return the dataclass for a TOML table. Raise ValueError that names the place of a mistake."""
-        if not isinstance(table, dict):
-            raise ValueError("this is not a table")
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-        values = {}
-        for name in (*fields, *table):
-            if name not in fields:
-                raise ValueError(f"the key {name!r} is unknown; known keys are {', '.join(fields)}")
-            if name in table:
-                try:
-                    values[name] = fields[name].metadata["convert"](table[name])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-            elif fields[name].default is dataclasses.MISSING:
-                raise ValueError(f"the key '{name}' is missing")
-        return cls(**values)
-
-    @classmethod
-    def list_of(cls, tables: object) -> Sequence[Self]:
-        """Return the dataclasses for a list of TOML tables. Raise ValueError as `of` does."""
-        if not isinstance(tables, list):
-            raise ValueError("this is not a list of tables; write its name in double brackets")
-        found = []
-        for number, table in enumerate(tables, 1):
-            try:
-                found.append(cls.of(table))
-            except ValueError as error:
-                raise ValueError(f"number {number}: {error}") from None
-        return found
+BOOLEAN, NAME = only("true or false", bool), only("a name", str, ".+")
+DIGEST = only("the SHA-256 of a token, in hex", str, f"(?!{hashlib.sha256().hexdigest()}){SHA256.pattern}")
+DAYS = only("a number of days from 1", int, "[1-9][0-9]{0,5}")
+PATTERN = only("a pattern that can match a directory", str, rf"(?!lost\+found\Z){SEGMENT.pattern}")
+KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {  # of the tables of the configuration file
+    "anonymous": {"read": patterns, "write": patterns},
+    "token": {"name": NAME, "sha256": DIGEST, "read": patterns, "write": patterns},
+    "directory": {"name": PATTERN, "write_once": BOOLEAN, "keep_versions": number_of_versions,
+                  "keep_days": DAYS, "max_size": number_of_bytes, "pages": BOOLEAN},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rights(Table):
-    """What a client without a token may do ([anonymous]), by shell patterns of directories."""
+class Client:
+    """What a client may do, by shell patterns of directories ([anonymous], [[token]])."""
 
-    name: str = dataclasses.field(default="-", init=False)  # as the log shows it
-    read: Sequence[str] = key(PATTERNS, ())
-    write: Sequence[str] = key(PATTERNS, ())
+    name: str = "-"  # as the log shows it
+    sha256: str = ""  # of its token, which is stored nowhere
+    read: Sequence[str] = ()
+    write: Sequence[str] = ()
 
     def may(self, action: str, directory: str) -> bool:
         """Return whether the client may "read" or "write" the directory."""
@@ -2040,36 +2009,18 @@ class Rights(Table):
         return "*" in allowed or any(fnmatch.fnmatchcase(directory, pattern) for pattern in allowed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token(Rights):
-    """What a client with a token may do ([[token]])."""
-
-    name: str = key(NAME)
-    sha256: str = key(DIGEST)  # the token itself is stored nowhere
+EVERYONE = Client(read=["*"], write=["*"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule(Table):
-    """What holds for the directories that match `name`, a shell pattern ([[directory]]). None: not stated."""
-
-    name: str = key(NAME)
-    write_once: bool | None = key(BOOLEAN, None)
-    keep_versions: int | None = key(number_of_versions, None)
-    max_size: int | None = key(number_of_bytes, None)  # bytes
-
-
-EVERYONE = Rights(read=["*"], write=["*"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Table):
+@dataclass(frozen=True)
+class Config:
     """The configuration file."""
 
-    anonymous: Rights = dataclasses.field(default=EVERYONE, metadata={"convert": Rights.of})
-    token: Sequence[Token] = key(Token.list_of, ())
-    directory: Sequence[Rule] = key(Rule.list_of, ())
+    anonymous: Client = EVERYONE
+    token: Sequence[Client] = ()
+    directory: Sequence[Mapping[str, Any]] = ()  # the rules, with those of the KEYS that each states
 
-    def identify(self, authorization: str | None) -> Rights:
+    def identify(self, authorization: str | None) -> Client:
         """Return the token that Authorization has as Bearer, or as the password of Basic; else `anonymous`.
 
         Without configured tokens the field is ignored: a proxy may use it for users of its own."""
@@ -2080,12 +2031,12 @@ class Config(Table):
             try:
                 secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
             except ValueError:
-                secret = ""
+                return self.anonymous
+        elif scheme.lower() != "bearer":
+            return self.anonymous
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         known = [token for token in self.token if hmac.compare_digest(token.sha256, digest)]
-        if scheme.lower() not in ("basic", "bearer") or not secret or not known:
-            return self.anonymous
-        return known[0]
+        return known[0] if known else self.anonymous
 
 
 @dataclass(slots=True)
@@ -2096,15 +2047,15 @@ class Settings:
     config: Config = Config()
     keep_versions: int = 0
     max_size: int | None = None  # bytes of one artefact
-    hosts: frozenset[str] | None = None  # accepted names besides the loopback's; None: every name
+    hosts: frozenset[str] = frozenset()  # public names of this server, in lower case
+    loopback: bool = False  # whether it listens on loopback addresses only
 
     def rule(self, directory: str, key: str) -> Any:
         """Return the value of the first rule that matches the directory and states the key. If there is none,
         return the setting of that name, or None."""
         for rule in self.config.directory:
-            value = getattr(rule, key)
-            if value is not None and fnmatch.fnmatchcase(directory, rule.name):
-                return value
+            if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
+                return rule[key]
         return getattr(self, key, None)
 
     def cache_control(self, directives: str) -> str:
@@ -2112,27 +2063,51 @@ class Settings:
         return f"private, {directives}" if self.config.token else directives
 
 
+def read_table(kind: str, number: int, table: object) -> dict[str, Any]:
+    """Return the values of a table of the configuration file. Raise ValueError that names the key."""
+    values, keys = {}, KEYS[kind]
+    if not isinstance(table, dict):
+        raise ValueError(f"{kind}: number {number}: this is not a table")
+    if missing := [key for key in ("name", "sha256") if key in keys and key not in table]:
+        raise ValueError(f"{kind}: number {number}: the key '{missing[0]}' is missing")
+    for key, value in table.items():
+        try:
+            if key not in keys:
+                raise ValueError(f"the key is unknown; known keys are {', '.join(keys)}")
+            values[key] = keys[key](value)
+        except ValueError as error:
+            raise ValueError(f"{kind}: number {number}: {key!r}: {error}") from None
+    return values
+
+
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read a configuration file (TOML). A token also gets the rights of clients without a token.
 
     Raise OSError if the file cannot be read, ValueError that names the place of a mistake. Nothing in the
     file is ignored."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KEYS}
     with open(path, "rb") as file:
         try:
-            config = Config.of(tomllib.load(file))
-            for name in ("name", "sha256"):
-                if len({getattr(token, name) for token in config.token}) < len(config.token):
-                    raise ValueError(f"two tokens have the same {name}")
+            for kind, tables in tomllib.load(file).items():
+                if kind not in KEYS:
+                    raise ValueError(f"{kind!r} is unknown; known are [anonymous], [[token]], [[directory]]")
+                if kind != "anonymous" and not isinstance(tables, list):
+                    raise ValueError(f"{kind}: write its name in double brackets, [[{kind}]]")
+                listed = [tables] if kind == "anonymous" else tables
+                found[kind] = [read_table(kind, number, table) for number, table in enumerate(listed, 1)]
+            for key in ("name", "sha256"):
+                if len({token[key] for token in found["token"]}) < len(found["token"]):
+                    raise ValueError(f"two tokens have the same {key}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
-    anonymous = config.anonymous
-    if config.token and anonymous is EVERYONE:  # the file does not state it
-        anonymous = Rights()
+    anonymous = Client() if found["token"] else EVERYONE  # if the file does not state it
+    for table in found["anonymous"]:
+        anonymous = Client(**table)
     tokens = [
         replace(token, read=[*token.read, *anonymous.read], write=[*token.write, *anonymous.write])
-        for token in config.token
+        for token in (Client(**table) for table in found["token"])
     ]
-    return replace(config, anonymous=anonymous, token=tokens)
+    return Config(anonymous, tokens, found["directory"])
 
 
 class Gate:
@@ -2144,10 +2119,13 @@ class Gate:
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: object,
                          params: dict[str, Any]) -> None:
         """Identify the client, and raise HTTPUnauthorized or HTTPForbidden for what it may not do."""
-        reading = req.method in ("GET", "HEAD", "OPTIONS", "PROPFIND")
+        reading = req.method in READING
         self.check_host(req.env)
         if not reading:
-            check_origin(req.env)
+            self.check_origin(req.env)
+        if not req.query_string.isascii():  # other servers pass it on
+            raise HTTPBadRequest(description="All but ASCII must be percent-encoded in a query. Encode it.")
+        resp.set_header(*SAME_ORIGIN)
         if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
             # An artefact's representation has fields of its own.
             resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
@@ -2166,25 +2144,27 @@ class Gate:
     def check_host(self, environ: WSGIEnvironment) -> None:
         """Raise HTTPBadRequest for a missing or malformed Host (RFC 9112 §3.2), HTTPForbidden for a name that
         is not ours: another site may have bound it to this address (DNS rebinding)."""
-        host, hosts = environ.get("HTTP_HOST"), self.settings.hosts
+        host = environ.get("HTTP_HOST")
         match = HOST.fullmatch(host or "")
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
-        name = match[1].lower()
-        if hosts is not None and host is not None and not is_loopback(name) and name not in hosts:
+        name, guarded = match[1].lower(), self.settings.loopback and not self.settings.config.token
+        if guarded and host is not None and not is_loopback(name) and name not in self.settings.hosts:
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
-
-def check_origin(environ: WSGIEnvironment) -> None:
-    """Raise HTTPForbidden for a write that another site's page sends (cross-site request forgery)."""
-    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-    if site is not None:
-        foreign = site not in ("same-origin", "none")
-    else:
-        host = environ.get("HTTP_HOST", "").lower()
-        foreign = origin is not None and (not host or origin.partition("://")[2].lower() != host)
-    if foreign:
-        raise HTTPForbidden(description="Another site's page may not change anything. Use this server's own.")
+    def check_origin(self, environ: WSGIEnvironment) -> None:
+        """Raise HTTPForbidden for a write that another site's page sends (cross-site request forgery)."""
+        site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+        if origin is None and "HTTP_REFERER" in environ:
+            origin = "/".join(environ["HTTP_REFERER"].split("/", 3)[:3])
+        own = site in (None, "same-origin", "none")
+        if site is None and origin is not None:
+            match, host = ORIGIN.fullmatch(origin.lower()), environ.get("HTTP_HOST", "").lower()
+            # a public name is ours with any port: a proxy may have changed the Host
+            own = match is not None and (match[2] in self.settings.hosts or match[1] == host != "")
+        if not own:
+            detail = "Another site's page may not change anything. --allow-host names this server's own."
+            raise HTTPForbidden(description=detail)
 
 
 @functools.lru_cache(256)
@@ -3720,9 +3700,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
             f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
             "(--new-token, --config), listen on 127.0.0.1, or say --open"
         )
-    guarded = is_loopback(options.host) and not config.token
-    hosts = frozenset(name.lower() for name in options.allow_host) if guarded else None
-    return Settings(config, options.keep_versions, options.max_size, hosts)
+    hosts = frozenset(name.lower() for name in options.allow_host)
+    return Settings(config, options.keep_versions, options.max_size, hosts, is_loopback(options.host))
 
 
 def verify(repository: Reader) -> int:
