@@ -83,7 +83,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 from wsgiref.util import FileWrapper
 
 import falcon
@@ -130,7 +130,7 @@ MICROSECOND = datetime.timedelta(microseconds=1)
 DAY = 86_400_000_000  # µs
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
-# Types by the last extension. A table of our own, because `mimetypes` differs between interpreters and machines.
+# Types by the last extension. `mimetypes` differs between interpreters and machines; this table does not.
 # Compressed files have the type of the compressed format, and never a Content-Encoding.
 TYPE_TABLE = """
 text/plain txt text log out err ini cfg conf properties env nfo list sha1 sha224 sha256 sha384 sha512 md5 sum
@@ -1467,7 +1467,8 @@ class Repository(Reader):
         """Raise OutOfSpace if fewer than `size` bytes are free."""
         free = os.statvfs(self.root)
         if size > free.f_bavail * free.f_frsize:
-            raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
+            detail = f"{size} bytes are more than the disk has left. Delete something, and its ?versions."
+            raise OutOfSpace(detail)
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
@@ -1723,16 +1724,19 @@ def is_identical(current: Content, upload: Upload, new: Artefact, compared: tupl
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
+EXTENDED_VALUE = re.compile(r"(utf-8|iso-8859-1)'[\w-]*'(.*)", re.I)  # RFC 8187 §3.2.1
 URL_SAFE = re.compile(r"[\w.~/-]*", re.A)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
 FORMATS = ("json", "html", "sha256sums", "tar")
+SETTLED = 60  # seconds without a change after which a date is a strong validator (RFC 9110 §8.8.2.2)
 CACHED_ROWS = 16_384  # rows of JSON listings
-SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
 NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
-INERT_FIELDS = {  # an artefact runs no code in a browser (Fetch; CSP 3)
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-}
+MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
+SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
+POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
+    "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "media-src 'self'; font-src 'self'"
+)
 
 
 @functools.lru_cache(1024)
@@ -1760,7 +1764,9 @@ def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
     if ENTITY_TAG.sub("", field).strip(" \t,"):
         raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct the condition.')
     tags = ENTITY_TAG.findall(field)
-    return any(f'"{tag}"' == etag and not (weak and strong) for weak, tag in tags)
+    if strong:
+        return any(f'"{tag}"' == etag and not weak for weak, tag in tags)
+    return any(f'"{tag.removesuffix("-gzip")}"' == etag for _, tag in tags)  # Apache appends it
 
 
 def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | None,
@@ -1768,7 +1774,7 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
     """Return 304 or 412 if a condition fails, None if the method is to be performed (RFC 9110 §13.2.2).
 
     conditions: the fields by their WSGI names; etag and modified (seconds): the validators of the current
-    representation, None if there is none. Raise HTTPBadRequest for a malformed If-None-Match on a write:
+    representation, None if it has none. Raise HTTPBadRequest for a malformed If-None-Match on a write:
     to ignore it would replace what the client wants to protect."""
     reading = method in ("GET", "HEAD")
     if "HTTP_IF_MATCH" in conditions:
@@ -1796,21 +1802,21 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
 
 
 def byte_range(field: str, if_range: str | None, size: int, etag: str,
-               modified: int) -> tuple[int, int] | None:
+               modified: int | None) -> tuple[int, int] | None:
     """Return (first byte, length) of the one range that a Range field asks for, None for the whole.
 
-    The whole is sent for several ranges, another unit or a malformed field (RFC 9110 §14.2), and if If-Range
-    names another representation (§13.1.5). Raise HTTPRangeNotSatisfiable (§15.5.17)."""
+    The whole is sent for several ranges, another unit or a malformed field (RFC 9110 §14.2), of an empty
+    artefact, and if If-Range names another representation (§13.1.5). modified (seconds): None if it is no
+    strong validator. Raise HTTPRangeNotSatisfiable (§15.5.17)."""
     match = BYTE_RANGE.fullmatch(field)
-    if match is None:
+    if match is None or not size:
         return None
-    if if_range is not None and if_range.strip() != etag and http_seconds(if_range) != modified:
-        return None
+    if if_range is not None and if_range.strip() != etag:
+        if modified is None or http_seconds(if_range) != modified:
+            return None
     # `int` refuses numbers of thousands of digits. 19 digits exceed the size of every file.
     first, last = (int(digits.lstrip("0")[:19] or "0") if digits else None for digits in match.groups())
-    if first is None:  # the last bytes; of an empty artefact they are the whole
-        if last and not size:
-            return None
+    if first is None:  # the last bytes
         first, last = max(0, size - (last or 0)), size - 1
     elif last is not None and last < first:
         return None
@@ -1869,6 +1875,7 @@ def preferred_format(wanted: str | None, accept: str) -> str:
     if wanted is None:
         accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
         with contextlib.suppress(ValueError, falcon.HTTPError):
+            accept = accept if len(accept) <= MAX_FIELD else "*/*"
             best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
             return {"text/html": "html", "text/plain": "sha256sums"}.get(best, "json")
         return "json"
@@ -1906,15 +1913,22 @@ def quoted(path: str) -> str:
     return path if URL_SAFE.fullmatch(path) else quote(path)
 
 
+def last_modified(artefact: Artefact) -> int | None:
+    """Return when an artefact was stored, in seconds since the epoch. None if that is in the future, because
+    it would never match (RFC 9110 §8.8.2.1)."""
+    seconds = artefact.time // 1_000_000
+    return seconds if seconds <= time.time() else None
+
+
 @functools.lru_cache(1024)
-def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[tuple[str, str], ...]:
-    """Return the response fields of an artefact whose digest is known."""
+def representation_fields(artefact: Artefact, modified: int | None, base: str,
+                          caching: str) -> tuple[tuple[str, str], ...]:
+    """Return the response fields of an artefact whose digest is known. modified: `last_modified`."""
     digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
     return (
-        ("Content-Type", artefact.type),
+        ("Content-Type", f"{artefact.type}; charset=utf-8" if artefact.is_utf8 else artefact.type),
         ("ETag", f'"{artefact.sha256}"'),
-        # not later than now: RFC 9110 §8.8.2.1
-        ("Last-Modified", http_date(min(artefact.time // 1_000_000, int(time.time())))),
+        *([] if modified is None else [("Last-Modified", http_date(modified))]),
         ("Cache-Control", caching),
         ("Accept-Ranges", "bytes"),
         ("Repr-Digest", f"sha-256=:{digest}:"),
@@ -1922,7 +1936,8 @@ def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[
         ("Link", f'<{href(base, artefact.directory, artefact.id)}?versions>; rel="version-history"'),
         ("Artefact-Version", artefact.version),
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
-        *INERT_FIELDS.items(),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", POLICY),
     )
 
 
@@ -2481,29 +2496,31 @@ def refusals_page(directory: str, refused: Iterable[Mapping[str, Any]], base: st
 
 STATUSES: dict[type[ArtefactsError], int] = {
     InvalidName: 400, Mismatch: 400, NotFound: 404, Conflict: 409, PreconditionFailed: 412, TooLarge: 413,
-    Damaged: 500, Unavailable: 503, OutOfSpace: 507,
-}
+    Damaged: 500, Unavailable: 503, CannotStore: 507, OutOfSpace: 507,
+}  # fmt: skip
+FREE = "Free space (DELETE with ?versions also erases the versions), or tell this server's administrator."
+REFUSED = "The server has no permission for this file. Tell this server's administrator."
+BUSY = "Too many files are open. Try again later."
 OS_ERRORS = {
-    errno.ENOSPC: (507, "The disk is full. Delete something, or tell this server's administrator."),
-    errno.EDQUOT: (507, "The disk quota is used up. Delete something, or tell this server's administrator."),
+    errno.ENOSPC: (507, f"The disk is full. {FREE}"),
+    errno.EDQUOT: (507, f"The disk quota is used up. {FREE}"),
     errno.EFBIG: (413, "The file system cannot store a file of this size. Send less."),
-    errno.ENAMETOOLONG: (400, "The file system cannot store a name of this length. Choose a shorter one."),
     errno.ELOOP: (409, "A symbolic link is in the way, and links are not followed. Choose another name."),
     errno.ENOTDIR: (409, "Something that is not a folder is in the way. Choose another name."),
     errno.EAGAIN: (503, "Another program holds the file. Try again later."),
-    errno.EMFILE: (503, "Too many files are open. Try again later."),
-    errno.ENFILE: (503, "Too many files are open. Try again later."),
+    errno.EMFILE: (503, BUSY), errno.ENFILE: (503, BUSY),
+    errno.EACCES: (500, REFUSED), errno.EPERM: (500, REFUSED),
     errno.EROFS: (500, "The data directory is read-only. Tell this server's administrator."),
-    errno.EACCES: (500, "The server has no permission for this file. Tell this server's administrator."),
-    errno.EPERM: (500, "The server has no permission for this file. Tell this server's administrator."),
     errno.EIO: (500, "The disk cannot be read or written. Tell this server's administrator."),
-}
+}  # fmt: skip
+NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # of vfat, ecryptfs and others
 DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
     400: "The request is malformed. Correct it.",
     404: "Nothing is served under this path. Artefacts are at /artefacts/<directory>/<id>.",
     405: "This resource does not support the method. Use one of those in 'Allow'.",
     500: "Internal error. Check what is stored before you try again; the server's log has the details.",
 }
+RETRY_AFTER = 10  # seconds
 
 
 def status_and_detail(error: Exception) -> tuple[int, str]:
@@ -2522,12 +2539,15 @@ def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]
     """Return the response to any error: status line, header fields, and a problem document (RFC 9457)."""
     code, detail = status_and_detail(error)
     status = falcon.code_to_http_status(code)
-    fields = {"content-type": "application/problem+json", "cache-control": "no-store",
-              "x-content-type-options": "nosniff"}
+    problem = {"title": status[4:], "status": code, "detail": detail}
+    if code == 409:
+        problem["code"] = getattr(error, "code", "in_the_way")
+    fields = {"retry-after": str(RETRY_AFTER)} if code == 503 else {}
     if isinstance(error, falcon.HTTPError) and error.headers:
-        fields = {name.lower(): value for name, value in dict(error.headers).items()} | fields
-    body = json.dumps({"title": status[4:], "status": code, "detail": detail}).encode() + b"\n"
-    return status, list(fields.items()), body
+        fields |= {name.lower(): value for name, value in dict(error.headers).items()}
+    fields |= {"content-type": "application/problem+json", "cache-control": "no-store",
+               "x-content-type-options": "nosniff", SAME_ORIGIN[0].lower(): SAME_ORIGIN[1]}  # fmt: skip
+    return status, list(fields.items()), json.dumps(problem).encode() + b"\n"
 
 
 def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
@@ -2535,6 +2555,11 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
 
     This must not raise an HTTPError: Falcon would keep it in a reference cycle with its traceback, and the
     connection and what it received would stay in memory until the next garbage collection."""
+    if isinstance(error, OSError) and error.errno in NAME_ERRORS:
+        log.error("%s %s: %s", req.method, req.path, error)
+        error = InvalidName("The file system cannot store this name. Choose a shorter or simpler one.")
+    if isinstance(error, InvalidName) and req.method in READING:  # clients probe for names such as .zarray
+        error = NotFound(error.detail)
     code, detail = status_and_detail(error)
     if code >= 500:
         log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500] and error)
@@ -2605,53 +2630,58 @@ class Resource:
         The first refusal ends the form. The response has its status, and lists what was stored before it."""
         if not is_form(req):
             raise HTTPUnsupportedMediaType(description="POST a form (curl -F file=@f), or PUT an artefact.")
-        length = body_length(req.env)
+        if len(req.content_type or "") > MAX_FIELD:
+            raise HTTPBadRequest(description="The form's Content-Type is too long. Shorten it.")
         if announced_sha256(req.env) is not None:
             raise HTTPBadRequest(description="A digest of a form is not checked. PUT the file itself.")
+        length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
+        too_large = TooLarge(f"A form has at most {limit} bytes here. PUT its files one by one.")
+        if limit is not None and (length or 0) > limit:
+            raise too_large
         check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
+        body = req.env["wsgi.input"]
+        if isinstance(body, Upload):
+            body.limit = limit
         require_body(req)
-        if isinstance(req.env["wsgi.input"], Upload):
-            req.env["wsgi.input"].verify(length, None)
+        if isinstance(body, Upload):
+            if isinstance(body.fault, TooLarge):
+                raise too_large
+            body.verify(length, None)
+        self._push_files(req, resp, directory, id, files_of_form(req, length))
+
+    def _push_files(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str | None,
+                    files: Iterable[tuple[str, str, Read]]) -> None:
+        """Push the files of a form and render the response."""
         check = self.write_check(req, directory, creates=True)
-        stored: list[Artefact] = []
-        problem: dict[str, Any] = {}
-        target = None  # the id of the file that is being pushed
+        stored: list[dict[str, Any]] = []
+        problem: dict[str, Any] = {"refused": []}
+        base, target = base_of(req), None  # target: the id of the file that is being pushed
         try:
-            for name, type, read in files_of_form(req, length):
+            for name, type, read in files:
                 target = id or name
-                stored.append(self._push_file(read, directory, target, type, check))
+                self.repository.admit(directory, target, 0, check)
+                with self.repository.stage(self.settings.rule(directory, "max_size")) as upload:
+                    receive(read, upload)
+                    artefact, _ = self.repository.push(upload, directory, target, type=type, check=check)
+                stored.append(json.loads(artefact_json(artefact, base)))
                 target = None
             if not stored:
                 raise HTTPBadRequest(description="The form has no file. Choose one (curl -F file=@f).")
+            resp.status = falcon.HTTP_201
         except (ArtefactsError, falcon.HTTPError, OSError) as error:
             handle_error(req, resp, error, None)
             problem = json.loads(resp.data or b"")
             problem["refused"] = [{"id": target, "status": problem["status"], "detail": problem["detail"]}]
             if stored:
                 problem["detail"] += f" Files before it that are stored: {len(stored)}."
-        self._render_pushed(req, resp, directory, stored, problem)
-
-    def _push_file(self, read: Read, directory: str, id: str, type: str, check: Check) -> Artefact:
-        self.repository.admit(directory, id, 0, check)
-        with self.repository.stage(self.settings.rule(directory, "max_size")) as upload:
-            receive(read, upload)
-            return self.repository.push(upload, directory, id, type=type, check=check)[0]
-
-    def _render_pushed(self, req: falcon.Request, resp: falcon.Response, directory: str,
-                       stored: Sequence[Artefact], problem: dict[str, Any]) -> None:
-        """Render what became of a form. problem: empty if everything was stored."""
-        base, refused = base_of(req), problem.get("refused", [])
-        if format_of(req) == "html":  # a browser without script
-            if not problem:
-                raise falcon.HTTPSeeOther(href(base, directory))
-            render_page(resp, refusals_page(directory, refused, base))
-            return
-        if not problem:
-            resp.status = falcon.HTTP_201
-        artefacts = [json.loads(artefact_json(artefact, base)) for artefact in stored]
-        answer = problem | {"directory": directory, "artefacts": artefacts, "refused": refused}
-        render_json(resp, json.dumps(answer), "application/problem+json" if problem else falcon.MEDIA_JSON)
+        if format_of(req) != "html":
+            type = "application/problem+json" if problem["refused"] else falcon.MEDIA_JSON
+            render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": stored}), type)
+        elif problem["refused"]:  # a browser without script
+            render_page(resp, refusals_page(directory, problem["refused"], base))
+        else:
+            raise falcon.HTTPSeeOther(href(base, directory))
 
 
 class Root:
@@ -2736,7 +2766,7 @@ class ArtefactResource(Resource):
     """`/artefacts/<directory>/<id>`"""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        version, caching = None, "no-cache"
+        version, caching = None, "no-cache, no-transform"
         if req.query_string:
             if req.has_param("versions"):
                 self._list_versions(req, resp, directory, id)
@@ -2768,12 +2798,13 @@ class ArtefactResource(Resource):
     def _respond(self, req: falcon.Request, resp: falcon.Response, content: Content, caching: str) -> None:
         """Send the representation, or the part of it that the request's conditions and range select."""
         artefact, part = digested(req, content), None
+        modified = last_modified(artefact)
         is_modified = evaluate_conditions(req, content) is None
         if is_modified and "HTTP_RANGE" in req.env and req.method == "GET":  # RFC 9110 §14.2
-            etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
-            if_range = req.env.get("HTTP_IF_RANGE")
-            part = byte_range(req.env["HTTP_RANGE"], if_range, artefact.size, etag, modified)
-        fields = representation_fields(artefact, base_of(req), self.settings.cache_control(caching))
+            is_strong = modified is not None and modified + SETTLED <= time.time()
+            part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
+                              f'"{artefact.sha256}"', modified if is_strong else None)
+        fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
         if not is_modified:
             resp.status = falcon.HTTP_304
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
@@ -2789,7 +2820,7 @@ class ArtefactResource(Resource):
             send_content(req, resp, content, start, length)
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        self._push(req, resp, directory, id, self.write_check(req, directory))
+        self._push(req, resp, directory, id, creates=False)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         if req.has_param("restore"):
@@ -2797,7 +2828,7 @@ class ArtefactResource(Resource):
         elif is_form(req):
             self.push_form(req, resp, directory, id)
         else:
-            self._push(req, resp, directory, id, self.write_check(req, directory, creates=True))
+            self._push(req, resp, directory, id, creates=True)
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         self.check_erasable(directory)
@@ -2821,12 +2852,13 @@ class ArtefactResource(Resource):
             raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
         render_stored(req, resp, artefact, created=True)
 
-    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
-              check: Check) -> None:
+    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str, *,
+              creates: bool) -> None:
         """Push the body. What the header shows to be refused is refused before the body is received."""
         if is_form(req):
             raise HTTPUnsupportedMediaType(description="POST the form, or PUT the file itself.")
         length, sha256 = body_length(req.env), announced_sha256(req.env)
+        check = self.write_check(req, directory, creates=creates)
         limit = self.settings.rule(directory, "max_size")
         if limit is not None and length is not None and length > limit:
             raise TooLarge(f"At most {limit} bytes are accepted here. Send less.")
@@ -2875,7 +2907,7 @@ def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | N
     etag = modified = None
     if current is not None:
         artefact = digested(req, current)
-        etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
+        etag, modified = f'"{artefact.sha256}"', last_modified(artefact)
     status = failed_precondition(req.method, conditions, etag, modified)
     if status == 412:
         raise PreconditionFailed("The artefact is not in the state that the request expects. Fetch it again.")
@@ -2908,11 +2940,12 @@ def is_form(req: falcon.Request) -> bool:
 
 
 def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, str, Read]]:
-    """Iterate over a form's files: name without folders (not all browsers send them), media type, reader.
+    """Iterate over a form's files: name without folders (not all browsers omit them), media type, reader.
 
     Raise HTTPBadRequest if the form is malformed, also from the reader; Mismatch if the body breaks off."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
+    handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
     form = BufferedReader(reader_of(req, length), sys.maxsize if length is None else length)
 
     def read_part(part: BodyPart, size: int) -> bytes:
@@ -2923,16 +2956,25 @@ def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str
 
     try:
         for part in handler.deserialize(form, req.content_type, length):
-            name, type = "\ufffd", ""
-            with contextlib.suppress(UnicodeDecodeError):
-                name = (part.filename or "").replace("%22", '"')  # HTML encodes quotes so
-                # `part.content_type` is text/plain also if the part states no type.
-                type = part._headers.get(b"content-type", b"").decode()
-            if name:  # else it is a field, or no file was chosen
-                yield name.replace("\\", "/").rpartition("/")[2], type, functools.partial(read_part, part)
+            type = part._headers.get(b"content-type", b"")  # `part.content_type` has a default
+            if name := file_name(part):  # else it is a field, or no file was chosen
+                yield name.rpartition("/")[2], type.decode("latin-1"), functools.partial(read_part, part)
     except falcon.HTTPError as error:
-        detail = f"The form is malformed from here on ({error.description}). Send it again."
+        detail = f"The form is malformed here: {error.description}. Correct it, or PUT the file itself."
         raise HTTPBadRequest(description=detail) from None
+
+
+def file_name(part: BodyPart) -> str:
+    """Return the file name of a form's part, "" if there is none. What cannot be decoded becomes U+FFFD."""
+    disposition = part._headers.get(b"content-disposition", b"").decode(errors="replace")
+    parameters = falcon.parse_header(disposition)[1]
+    name = parameters.get("filename", "")
+    if "filename*" in parameters:
+        match = EXTENDED_VALUE.fullmatch(parameters["filename*"])
+        if match is None:
+            raise HTTPBadRequest(description="the file name is neither in UTF-8 nor in ISO-8859-1")
+        name = unquote(match[2], match[1])
+    return name.replace("%22", '"').replace("\\", "/")  # HTML encodes quotes so
 
 
 # -- responses --
@@ -3106,7 +3148,8 @@ def parse_header(server: Server, raw: bytes) -> WSGIEnvironment:
         detail = "Only the transfer coding 'chunked' is implemented. Use it, or send a Content-Length."
         raise falcon.HTTPNotImplemented(description=detail) from None
     except waitress.parser.ParsingError as error:
-        raise falcon.HTTPBadRequest(description=f"{error}. Correct the request.") from None
+        detail = f"{error}. Correct the request: all but ASCII must be percent-encoded."
+        raise falcon.HTTPBadRequest(description=detail) from None
     except ValueError:  # from urlsplit, and from int with more than 4300 digits
         raise falcon.HTTPBadRequest(description="The header is malformed. Correct the request.") from None
     parser.body_rcv = None
