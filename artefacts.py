@@ -1753,16 +1753,16 @@ def http_seconds(field: str | None) -> int | None:
     return None
 
 
-def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
-    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2).
+def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
+    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2), None if malformed.
 
-    etag: None if there is no representation. Raise HTTPBadRequest if the field is malformed."""
+    etag: None if there is no representation."""
     if field == etag:  # the usual revalidation
         return True
     if field.strip(" \t") == "*":
         return etag is not None
     if ENTITY_TAG.sub("", field).strip(" \t,"):
-        raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct the condition.')
+        return None
     tags = ENTITY_TAG.findall(field)
     if strong:
         return any(f'"{tag}"' == etag and not weak for weak, tag in tags)
@@ -1778,22 +1778,18 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
     to ignore it would replace what the client wants to protect."""
     reading = method in ("GET", "HEAD")
     if "HTTP_IF_MATCH" in conditions:
-        matches = False  # also if the field is malformed
-        with contextlib.suppress(HTTPBadRequest):
-            matches = tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True)
-        if not matches:
+        if not tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True):
             return 412
     elif modified is not None:
         since = http_seconds(conditions.get("HTTP_IF_UNMODIFIED_SINCE"))
         if since is not None and modified > since:
             return 412
     if "HTTP_IF_NONE_MATCH" in conditions:
-        try:
-            if tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False):
-                return 304 if reading else 412
-        except HTTPBadRequest:
-            if not reading:
-                raise
+        matches = tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False)
+        if matches is None and not reading:
+            raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct it.')
+        if matches:
+            return 304 if reading else 412
     elif reading and modified is not None:
         since = http_seconds(conditions.get("HTTP_IF_MODIFIED_SINCE"))
         if since is not None and modified <= since:
@@ -2018,8 +2014,10 @@ class Client:
     read: Sequence[str] = ()
     write: Sequence[str] = ()
 
-    def may(self, action: str, directory: str) -> bool:
-        """Return whether the client may "read" or "write" the directory."""
+    def may(self, action: str, directory: str | None) -> bool:
+        """Return whether the client may "read" or "write" the directory; None: any."""
+        if directory is None:
+            return bool(self.read or self.write)
         allowed = self.read if action == "read" else self.write
         return "*" in allowed or any(fnmatch.fnmatchcase(directory, pattern) for pattern in allowed)
 
@@ -2147,9 +2145,7 @@ class Gate:
             resp.set_header("X-Content-Type-Options", "nosniff")
         config, directory = self.settings.config, params.get("directory")
         req.env["artefacts.who"] = client = config.identify(req.env.get("HTTP_AUTHORIZATION"))
-        if directory is not None and client.may("read" if reading else "write", directory):
-            return
-        if directory is None and (client.read or client.write):
+        if client.may("read" if reading else "write", directory):
             return
         if config.token and client is config.anonymous:
             hint = "Send a known token, as Bearer or as the password of Basic. It is required here."
@@ -2498,21 +2494,20 @@ STATUSES: dict[type[ArtefactsError], int] = {
     InvalidName: 400, Mismatch: 400, NotFound: 404, Conflict: 409, PreconditionFailed: 412, TooLarge: 413,
     Damaged: 500, Unavailable: 503, CannotStore: 507, OutOfSpace: 507,
 }  # fmt: skip
-FREE = "Free space (DELETE with ?versions also erases the versions), or tell this server's administrator."
-REFUSED = "The server has no permission for this file. Tell this server's administrator."
-BUSY = "Too many files are open. Try again later."
+FULL = "The disk or its quota is full. Delete something; DELETE with ?versions also erases the versions."
+CLOSED = "The server has no permission for this file. Tell this server's administrator."
 OS_ERRORS = {
-    errno.ENOSPC: (507, f"The disk is full. {FREE}"),
-    errno.EDQUOT: (507, f"The disk quota is used up. {FREE}"),
+    errno.ENOSPC: (507, FULL), errno.EDQUOT: (507, FULL),
+    errno.EACCES: (500, CLOSED), errno.EPERM: (500, CLOSED),
     errno.EFBIG: (413, "The file system cannot store a file of this size. Send less."),
     errno.ELOOP: (409, "A symbolic link is in the way, and links are not followed. Choose another name."),
     errno.ENOTDIR: (409, "Something that is not a folder is in the way. Choose another name."),
     errno.EAGAIN: (503, "Another program holds the file. Try again later."),
-    errno.EMFILE: (503, BUSY), errno.ENFILE: (503, BUSY),
-    errno.EACCES: (500, REFUSED), errno.EPERM: (500, REFUSED),
+    errno.EMFILE: (503, "Too many files are open. Try again later."),
+    errno.ENFILE: (503, "Too many files are open. Try again later."),
     errno.EROFS: (500, "The data directory is read-only. Tell this server's administrator."),
     errno.EIO: (500, "The disk cannot be read or written. Tell this server's administrator."),
-}  # fmt: skip
+}
 NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # of vfat, ecryptfs and others
 DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
     400: "The request is malformed. Correct it.",
@@ -2520,7 +2515,6 @@ DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
     405: "This resource does not support the method. Use one of those in 'Allow'.",
     500: "Internal error. Check what is stored before you try again; the server's log has the details.",
 }
-RETRY_AFTER = 10  # seconds
 
 
 def status_and_detail(error: Exception) -> tuple[int, str]:
@@ -2542,7 +2536,7 @@ def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]
     problem = {"title": status[4:], "status": code, "detail": detail}
     if code == 409:
         problem["code"] = getattr(error, "code", "in_the_way")
-    fields = {"retry-after": str(RETRY_AFTER)} if code == 503 else {}
+    fields = {"retry-after": "10"} if code == 503 else {}
     if isinstance(error, falcon.HTTPError) and error.headers:
         fields |= {name.lower(): value for name, value in dict(error.headers).items()}
     fields |= {"content-type": "application/problem+json", "cache-control": "no-store",
