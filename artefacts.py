@@ -914,7 +914,7 @@ class Upload:
     def write(self, data: bytes | memoryview) -> None:
         """Append to the file. TooLarge: the limit is exceeded."""
         if self.limit is not None and self.size + len(data) > self.limit:
-            raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
+            raise TooLarge(f"The limit is {self.limit} bytes. Send less; PUT the files of a form one by one.")
         if self._file.fd < 0 and self.size + len(data) <= PIECE:
             self._check_usable()
             self._memory += data
@@ -2617,6 +2617,34 @@ class Resource:
 
         return check
 
+    def expect_body(self, req: falcon.Request, directory: str) -> tuple[int | None, int | None]:
+        """Return the announced length of the body (None: chunked) and its limit, in bytes. TooLarge. What our
+        own connection receives is limited from here on."""
+        length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
+        if isinstance(req.env["wsgi.input"], Upload):
+            req.env["wsgi.input"].limit = limit
+        if limit is not None and (length or 0) > limit:
+            raise TooLarge(f"The limit is {limit} bytes. Send less; PUT the files of a form one by one.")
+        return length, limit
+
+    @contextlib.contextmanager
+    def receive(self, req: falcon.Request, length: int | None, limit: int | None) -> Iterator[Upload]:
+        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
+        Mismatch: the body breaks off."""
+        if isinstance(req.env["wsgi.input"], Upload):
+            yield req.env["wsgi.input"]
+            return
+        stream = req.env["wsgi.input"] if length is None else req.bounded_stream
+        with self.repository.stage(limit) as upload:
+            piece = b"-"
+            while piece:
+                try:
+                    piece = stream.read(PIECE)
+                except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
+                    raise Mismatch("The body broke off. Send it again.") from None
+                upload.write(piece)
+            yield upload
+
     def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str,
                   id: str | None = None) -> None:
         """Push each file of a form (RFC 7578) under its own name, or under `id`. Each is a commit of its own.
@@ -2628,21 +2656,13 @@ class Resource:
             raise HTTPBadRequest(description="The form's Content-Type is too long. Shorten it.")
         if announced_sha256(req.env) is not None:
             raise HTTPBadRequest(description="A digest of a form is not checked. PUT the file itself.")
-        length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
-        too_large = TooLarge(f"A form has at most {limit} bytes here. PUT its files one by one.")
-        if limit is not None and (length or 0) > limit:
-            raise too_large
+        length, limit = self.expect_body(req, directory)
         check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
-        body = req.env["wsgi.input"]
-        if isinstance(body, Upload):
-            body.limit = limit
         require_body(req)
-        if isinstance(body, Upload):
-            if isinstance(body.fault, TooLarge):
-                raise too_large
-            body.verify(length, None)
-        self._push_files(req, resp, directory, id, files_of_form(req, length))
+        with self.receive(req, length, limit) as form:
+            form.verify(length, None)
+            self._push_files(req, resp, directory, id, files_of_form(form, req.content_type or ""))
 
     def _push_files(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str | None,
                     files: Iterable[tuple[str, str, Read]]) -> None:
@@ -2655,8 +2675,9 @@ class Resource:
             for name, type, read in files:
                 target = id or name
                 self.repository.admit(directory, target, 0, check)
-                with self.repository.stage(self.settings.rule(directory, "max_size")) as upload:
-                    receive(read, upload)
+                with self.repository.stage() as upload:
+                    while piece := read(PIECE):
+                        upload.write(piece)
                     artefact, _ = self.repository.push(upload, directory, target, type=type, check=check)
                 stored.append(json.loads(artefact_json(artefact, base)))
                 target = None
@@ -2851,24 +2872,16 @@ class ArtefactResource(Resource):
         """Push the body. What the header shows to be refused is refused before the body is received."""
         if is_form(req):
             raise HTTPUnsupportedMediaType(description="POST the form, or PUT the file itself.")
-        length, sha256 = body_length(req.env), announced_sha256(req.env)
-        check = self.write_check(req, directory, creates=creates)
-        limit = self.settings.rule(directory, "max_size")
-        if limit is not None and length is not None and length > limit:
-            raise TooLarge(f"At most {limit} bytes are accepted here. Send less.")
-        body, phase = req.env["wsgi.input"], req.env.get(HEADERS_ONLY)
-        is_received = isinstance(body, Upload)  # by our own connection
-        if is_received:
-            body.limit = limit
+        sha256, (length, limit) = announced_sha256(req.env), self.expect_body(req, directory)
+        check, phase = self.write_check(req, directory, creates=creates), req.env.get(HEADERS_ONLY)
+        is_received = isinstance(req.env["wsgi.input"], Upload)  # by our own connection
         if not is_received or phase is False:
             self.repository.admit(directory, id, length or 0, check)
         # A body that came with its header is pushed on the event loop if neither fsync nor a lock delays it.
         at_once = is_received and phase is True and not self.repository.durable
         if not at_once:
             require_body(req)
-        with contextlib.nullcontext(body) if is_received else self.repository.stage(limit) as upload:
-            if not is_received:
-                receive(reader_of(req, length), upload)
+        with self.receive(req, length, limit) as upload:
             upload.verify(length, sha256)
             try:
                 artefact, created = self.repository.push(
@@ -2908,48 +2921,28 @@ def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | N
     return status
 
 
-def reader_of(req: falcon.Request, length: int | None) -> Read:
-    """Return the function that reads the body: `length` bytes, or to its end if it is chunked. It raises
-    Mismatch if the body breaks off."""
-    stream = req.env["wsgi.input"] if length is None else req.bounded_stream
-
-    def read(size: int) -> bytes:
-        try:
-            return bytes(stream.read(size))
-        except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
-            raise Mismatch("The body broke off. Send it again.") from None
-
-    return read
-
-
-def receive(read: Read, upload: Upload) -> None:
-    """Write everything that `read` returns to the upload."""
-    while piece := read(PIECE):
-        upload.write(piece)
-
-
 def is_form(req: falcon.Request) -> bool:
     """Return whether the body is a form with files (RFC 7578)."""
     return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
 
 
-def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, str, Read]]:
+def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Read]]:
     """Iterate over a form's files: name without folders (not all browsers omit them), media type, reader.
 
-    Raise HTTPBadRequest if the form is malformed, also from the reader; Mismatch if the body breaks off."""
+    Raise HTTPBadRequest if the form is malformed, also from the reader."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
     handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
-    form = BufferedReader(reader_of(req, length), sys.maxsize if length is None else length)
+    stream = BufferedReader(form.read, form.size)
 
     def read_part(part: BodyPart, size: int) -> bytes:
         piece: bytes = part.stream.read(size)
-        if not piece and not form.peek(1):  # there is no delimiter
+        if not piece and not stream.peek(1):  # there is no delimiter
             raise HTTPBadRequest(description="The form ends within this file. Send it again.")
         return piece
 
     try:
-        for part in handler.deserialize(form, req.content_type, length):
+        for part in handler.deserialize(stream, content_type, form.size):
             type = part._headers.get(b"content-type", b"")  # `part.content_type` has a default
             if name := file_name(part):  # else it is a field, or no file was chosen
                 yield name.rpartition("/")[2], type.decode("latin-1"), functools.partial(read_part, part)
