@@ -1730,9 +1730,9 @@ CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "
 FORMATS = ("json", "html", "sha256sums", "tar")
 SETTLED = 60  # seconds without a change after which a date is a strong validator (RFC 9110 §8.8.2.2)
 CACHED_ROWS = 16_384  # rows of JSON listings
-NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
 MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
 SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
+NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", SAME_ORIGIN[0])
 POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
     "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self'; font-src 'self'"
@@ -1934,6 +1934,7 @@ def representation_fields(artefact: Artefact, modified: int | None, base: str,
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
         ("X-Content-Type-Options", "nosniff"),
         ("Content-Security-Policy", POLICY),
+        SAME_ORIGIN,
     )
 
 
@@ -2138,9 +2139,9 @@ class Gate:
             self.check_origin(req.env)
         if not req.query_string.isascii():  # other servers pass it on
             raise HTTPBadRequest(description="All but ASCII must be percent-encoded in a query. Encode it.")
-        resp.set_header(*SAME_ORIGIN)
         if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
-            # An artefact's representation has fields of its own.
+            # An artefact's representation has fields of its own: `representation_fields`.
+            resp.set_header(*SAME_ORIGIN)
             resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
             resp.set_header("X-Content-Type-Options", "nosniff")
         config, directory = self.settings.config, params.get("directory")
@@ -2821,7 +2822,7 @@ class ArtefactResource(Resource):
                               f'"{artefact.sha256}"', modified if is_strong else None)
         fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
         if not is_modified:
-            resp.status = falcon.HTTP_304
+            resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
             return
         resp.set_headers(fields)
