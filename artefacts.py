@@ -51,7 +51,6 @@ import argparse
 import base64
 import codecs
 import contextlib
-import dataclasses
 import datetime
 import errno
 import fcntl
@@ -66,7 +65,6 @@ import itertools
 import json
 import logging
 import math
-import mimetypes
 import os
 import re
 import resource
@@ -85,7 +83,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 from wsgiref.util import FileWrapper
 
 import falcon
@@ -132,15 +130,50 @@ MICROSECOND = datetime.timedelta(microseconds=1)
 DAY = 86_400_000_000  # µs
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
-# The interpreter's table, not the machine's: a type must not depend on where the program runs.
+# Types by the last extension. `mimetypes` differs between interpreters and machines; this table does not.
 # Compressed files have the type of the compressed format, and never a Content-Encoding.
-TYPES = mimetypes.MimeTypes().types_map[True] | {
-    ".gz": "application/gzip", ".tgz": "application/gzip", ".bz2": "application/x-bzip2",
-    ".xz": "application/x-xz", ".zst": "application/zstd", ".br": "application/x-brotli",
-    ".whl": "application/zip", ".jar": "application/java-archive", ".log": "text/plain",
-    ".deb": "application/vnd.debian.binary-package", ".toml": "application/toml",
-    ".yaml": "application/yaml", ".yml": "application/yaml",
-}  # fmt: skip
+TYPE_TABLE = """
+text/plain txt text log out err ini cfg conf properties env nfo list sha1 sha224 sha256 sha384 sha512 md5 sum
+sfv c h cc cpp cxx hpp hxx cs go rs java kt scala swift rb lua r gradle cmake mk proto tf bat ps1 lock srt;
+text/html html htm; text/css css; text/javascript js mjs cjs; text/markdown md markdown; text/csv csv;
+text/tab-separated-values tsv; text/x-diff diff patch; text/x-rst rst; text/x-python py; text/x-tex tex;
+text/x-shellscript sh bash; text/asciidoc adoc; text/calendar ics; text/vcard vcf; text/vtt vtt; text/x-perl
+pl; application/json json map har module; application/ld+json jsonld; application/geo+json geojson;
+application/jsonl jsonl ndjson; application/x-ipynb+json ipynb; application/sarif+json sarif;
+application/manifest+json webmanifest; application/toml toml; application/yaml yaml yml; application/sql sql;
+application/xml xml xsd xsl xslt pom rdf wsdl; application/xhtml+xml xhtml; application/rss+xml rss;
+application/atom+xml atom; application/dash+xml mpd; application/vnd.apple.mpegurl m3u8; application/wasm
+wasm; image/png png; image/apng apng; image/jpeg jpg jpeg; image/gif gif; image/webp webp; image/avif avif;
+image/jxl jxl; image/svg+xml svg; image/vnd.microsoft.icon ico; image/bmp bmp; image/tiff tif tiff; image/heic
+heic; image/heif heif; image/vnd.adobe.photoshop psd; image/x-xcf xcf; image/x-portable-pixmap ppm;
+image/x-portable-graymap pgm; image/x-portable-bitmap pbm; image/x-portable-anymap pnm; audio/mpeg mp3;
+audio/wav wav; audio/flac flac; audio/ogg ogg oga opus; audio/mp4 m4a; audio/aac aac; audio/aiff aif aiff;
+audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v; video/webm webm; video/ogg ogv; video/quicktime mov
+qt; video/x-msvideo avi; video/matroska mkv; video/mpeg mpg mpeg; video/3gpp 3gp; font/woff woff; font/woff2
+woff2; font/ttf ttf; font/otf otf; font/collection ttc; application/vnd.ms-fontobject eot; application/pdf
+pdf; application/postscript ps eps; application/rtf rtf; application/epub+zip epub; application/msword doc;
+application/vnd.openxmlformats-officedocument.wordprocessingml.document docx; application/vnd.ms-excel xls;
+application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx; application/vnd.ms-powerpoint ppt;
+application/vnd.openxmlformats-officedocument.presentationml.presentation pptx;
+application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods;
+application/vnd.oasis.opendocument.presentation odp; application/x-tar tar gem ova; application/zip zip whl
+egg nupkg; application/gzip gz tgz crate; application/x-bzip2 bz2 tbz tbz2; application/x-xz xz txz;
+application/zstd zst tzst; application/x-brotli br; application/x-lz4 lz4; application/x-lzip lz;
+application/x-lzma lzma; application/vnd.rar rar; application/x-7z-compressed 7z; application/x-cpio cpio;
+application/vnd.ms-cab-compressed cab; application/java-archive jar war ear aar; application/java-vm class;
+application/vnd.debian.binary-package deb udeb; application/x-rpm rpm; application/vnd.android.package-archive
+apk aab; application/x-msi msi; application/vnd.snap snap; application/vnd.microsoft.portable-executable exe
+dll; application/x-apple-diskimage dmg; application/x-iso9660-image iso; application/vnd.flatpak flatpak;
+application/vnd.appimage appimage; application/x-qemu-disk qcow2; application/x-sharedlib so;
+application/x-object o; application/x-archive a; application/vnd.apache.parquet parquet;
+application/vnd.apache.arrow.file arrow feather; application/avro avro; application/onnx onnx;
+application/x-hdf5 h5 hdf5; application/x-netcdf nc; application/vnd.sqlite3 sqlite sqlite3 db;
+application/pgp-signature asc sig; application/x-pem-file pem; application/x-x509-ca-cert crt cer;
+application/pkcs10 csr; application/x-pkcs12 p12 pfx
+"""
+TYPES: dict[str, str] = {}
+for _type, *_extensions in map(str.split, TYPE_TABLE.split(";")):
+    TYPES.update(dict.fromkeys(_extensions, _type))
 UNSPECIFIC_TYPES = ("application/octet-stream", falcon.MEDIA_URLENCODED, falcon.MEDIA_MULTIPART)
 
 K = TypeVar("K")
@@ -295,7 +328,7 @@ def specific_type(announced: str | None) -> str | None:
 @functools.lru_cache(1024)
 def type_of(id: str, announced: str | None = None) -> str:
     """Return the media type to store: the client's if it is specific, else the type of the name."""
-    by_name = TYPES.get(os.path.splitext(id)[1].lower(), "application/octet-stream")
+    by_name = TYPES.get(os.path.splitext(id)[1][1:].lower(), "application/octet-stream")
     return specific_type(announced) or by_name
 
 
@@ -886,7 +919,7 @@ class Upload:
     def write(self, data: bytes | memoryview) -> None:
         """Append to the file. TooLarge: the limit is exceeded."""
         if self.limit is not None and self.size + len(data) > self.limit:
-            raise TooLarge(f"At most {self.limit} bytes are accepted here. Send less.")
+            raise TooLarge(f"The limit is {self.limit} bytes. Send less; PUT the files of a form one by one.")
         if self._file.fd < 0 and self.size + len(data) <= PIECE:
             self._check_usable()
             self._memory += data
@@ -1445,7 +1478,8 @@ class Repository(Reader):
         """Raise OutOfSpace if fewer than `size` bytes are free."""
         free = os.statvfs(self.root)
         if size > free.f_bavail * free.f_frsize:
-            raise OutOfSpace(f"{size} bytes are more than the disk has left. Delete something first.")
+            detail = f"{size} bytes are more than the disk has left. Delete something, and its ?versions."
+            raise OutOfSpace(detail)
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
@@ -1705,15 +1739,19 @@ def is_identical(current: Content, upload: Upload, new: Artefact, compared: tupl
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
+EXTENDED_VALUE = re.compile(r"(utf-8|iso-8859-1)'[\w-]*'(.*)", re.I)  # RFC 8187 §3.2.1
 URL_SAFE = re.compile(r"[\w.~/-]*", re.A)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
 FORMATS = ("json", "html", "sha256sums", "tar")
+SETTLED = 60  # seconds without a change after which a date is a strong validator (RFC 9110 §8.8.2.2)
 CACHED_ROWS = 16_384  # rows of JSON listings
-NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
-INERT_FIELDS = {  # an artefact runs no code in a browser (Fetch; CSP 3)
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-}
+MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
+SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
+NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", SAME_ORIGIN[0])
+POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
+    "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "media-src 'self'; font-src 'self'"
+)
 
 
 @functools.lru_cache(1024)
@@ -1730,18 +1768,20 @@ def http_seconds(field: str | None) -> int | None:
     return None
 
 
-def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool:
-    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2).
+def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
+    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2), None if malformed.
 
-    etag: None if there is no representation. Raise HTTPBadRequest if the field is malformed."""
+    etag: None if there is no representation."""
     if field == etag:  # the usual revalidation
         return True
     if field.strip(" \t") == "*":
         return etag is not None
     if ENTITY_TAG.sub("", field).strip(" \t,"):
-        raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct the condition.')
+        return None
     tags = ENTITY_TAG.findall(field)
-    return any(f'"{tag}"' == etag and not (weak and strong) for weak, tag in tags)
+    if strong:
+        return any(f'"{tag}"' == etag and not weak for weak, tag in tags)
+    return any(f'"{tag.removesuffix("-gzip")}"' == etag for _, tag in tags)  # Apache appends it
 
 
 def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | None,
@@ -1749,26 +1789,22 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
     """Return 304 or 412 if a condition fails, None if the method is to be performed (RFC 9110 §13.2.2).
 
     conditions: the fields by their WSGI names; etag and modified (seconds): the validators of the current
-    representation, None if there is none. Raise HTTPBadRequest for a malformed If-None-Match on a write:
+    representation, None if it has none. Raise HTTPBadRequest for a malformed If-None-Match on a write:
     to ignore it would replace what the client wants to protect."""
     reading = method in ("GET", "HEAD")
     if "HTTP_IF_MATCH" in conditions:
-        matches = False  # also if the field is malformed
-        with contextlib.suppress(HTTPBadRequest):
-            matches = tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True)
-        if not matches:
+        if not tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True):
             return 412
     elif modified is not None:
         since = http_seconds(conditions.get("HTTP_IF_UNMODIFIED_SINCE"))
         if since is not None and modified > since:
             return 412
     if "HTTP_IF_NONE_MATCH" in conditions:
-        try:
-            if tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False):
-                return 304 if reading else 412
-        except HTTPBadRequest:
-            if not reading:
-                raise
+        matches = tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False)
+        if matches is None and not reading:
+            raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct it.')
+        if matches:
+            return 304 if reading else 412
     elif reading and modified is not None:
         since = http_seconds(conditions.get("HTTP_IF_MODIFIED_SINCE"))
         if since is not None and modified <= since:
@@ -1777,21 +1813,21 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
 
 
 def byte_range(field: str, if_range: str | None, size: int, etag: str,
-               modified: int) -> tuple[int, int] | None:
+               modified: int | None) -> tuple[int, int] | None:
     """Return (first byte, length) of the one range that a Range field asks for, None for the whole.
 
-    The whole is sent for several ranges, another unit or a malformed field (RFC 9110 §14.2), and if If-Range
-    names another representation (§13.1.5). Raise HTTPRangeNotSatisfiable (§15.5.17)."""
+    The whole is sent for several ranges, another unit or a malformed field (RFC 9110 §14.2), of an empty
+    artefact, and if If-Range names another representation (§13.1.5). modified (seconds): None if it is no
+    strong validator. Raise HTTPRangeNotSatisfiable (§15.5.17)."""
     match = BYTE_RANGE.fullmatch(field)
-    if match is None:
+    if match is None or not size:
         return None
-    if if_range is not None and if_range.strip() != etag and http_seconds(if_range) != modified:
-        return None
+    if if_range is not None and if_range.strip() != etag:
+        if modified is None or http_seconds(if_range) != modified:
+            return None
     # `int` refuses numbers of thousands of digits. 19 digits exceed the size of every file.
     first, last = (int(digits.lstrip("0")[:19] or "0") if digits else None for digits in match.groups())
-    if first is None:  # the last bytes; of an empty artefact they are the whole
-        if last and not size:
-            return None
+    if first is None:  # the last bytes
         first, last = max(0, size - (last or 0)), size - 1
     elif last is not None and last < first:
         return None
@@ -1850,6 +1886,7 @@ def preferred_format(wanted: str | None, accept: str) -> str:
     if wanted is None:
         accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
         with contextlib.suppress(ValueError, falcon.HTTPError):
+            accept = accept if len(accept) <= MAX_FIELD else "*/*"
             best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
             return {"text/html": "html", "text/plain": "sha256sums"}.get(best, "json")
         return "json"
@@ -1887,15 +1924,22 @@ def quoted(path: str) -> str:
     return path if URL_SAFE.fullmatch(path) else quote(path)
 
 
+def last_modified(artefact: Artefact) -> int | None:
+    """Return when an artefact was stored, in seconds since the epoch. None if that is in the future, because
+    it would never match (RFC 9110 §8.8.2.1)."""
+    seconds = artefact.time // 1_000_000
+    return seconds if seconds <= time.time() else None
+
+
 @functools.lru_cache(1024)
-def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[tuple[str, str], ...]:
-    """Return the response fields of an artefact whose digest is known."""
+def representation_fields(artefact: Artefact, modified: int | None, base: str,
+                          caching: str) -> tuple[tuple[str, str], ...]:
+    """Return the response fields of an artefact whose digest is known. modified: `last_modified`."""
     digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
     return (
-        ("Content-Type", artefact.type),
+        ("Content-Type", f"{artefact.type}; charset=utf-8" if artefact.is_utf8 else artefact.type),
         ("ETag", f'"{artefact.sha256}"'),
-        # not later than now: RFC 9110 §8.8.2.1
-        ("Last-Modified", http_date(min(artefact.time // 1_000_000, int(time.time())))),
+        *([] if modified is None else [("Last-Modified", http_date(modified))]),
         ("Cache-Control", caching),
         ("Accept-Ranges", "bytes"),
         ("Repr-Digest", f"sha-256=:{digest}:"),
@@ -1903,7 +1947,9 @@ def representation_fields(artefact: Artefact, base: str, caching: str) -> tuple[
         ("Link", f'<{href(base, artefact.directory, artefact.id)}?versions>; rel="version-history"'),
         ("Artefact-Version", artefact.version),
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
-        *INERT_FIELDS.items(),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", POLICY),
+        SAME_ORIGIN,
     )
 
 
@@ -1925,14 +1971,16 @@ json_string = json.encoder.encode_basestring_ascii
 
 # == Access: who may do what, and which rules hold for a directory ================================
 
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::[0-9]{0,5})?", re.A)
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
+ORIGIN = re.compile(f"https?://({HOST.pattern})", re.A)  # groups: authority, host
 CHALLENGES = ('Basic realm="artefacts", charset="UTF-8"', 'Bearer realm="artefacts"')
+READING = ("GET", "HEAD", "OPTIONS", "PROPFIND")
 
 
 def number_of_bytes(value: object) -> int:
     """Return the number of bytes that 1048576, "500MB" or "2GiB" states. Raise ValueError."""
     match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", str(value).strip(), re.I)
-    if match is None or isinstance(value, bool) or (match[3] and not match[2]):
+    if match is None or isinstance(value, bool) or not int(match[1]) or (match[3] and not match[2]):
         raise ValueError(f"{value!r} is not a number of bytes, such as 1048576, 500MB or 2GiB")
     power = " KMGT".index(match[2].upper() or " ")
     return int(match[1]) * int((1024 if match[3] else 1000) ** power)
@@ -1945,112 +1993,63 @@ def number_of_versions(value: object) -> int:
     return ALL if value == "all" else int(str(value))
 
 
-def only(description: str, is_valid: Callable[[Any], object]) -> Callable[[object], Any]:
-    """Return a converter that returns valid values as they are, and raises ValueError for others. The message
-    does not show the value, which may be a token."""
+def only(description: str, kind: type, pattern: str = "(?s:.*)") -> Callable[[object], Any]:
+    """Return a converter that returns values of a type that match a pattern. Its ValueError for others does
+    not show them, because a value may be a token."""
 
     def convert(value: object) -> Any:
-        if not is_valid(value):
+        if type(value) is not kind or not re.fullmatch(pattern, str(value)):
             raise ValueError(f"the value is not {description}")
         return value
 
     return convert
 
 
-BOOLEAN = only("true or false", lambda value: isinstance(value, bool))
-NAME = only("a name", lambda value: isinstance(value, str) and re.fullmatch(".+", value))
-DIGEST = only("the SHA-256 of a token, in hex", lambda value: (
-    isinstance(value, str) and SHA256.fullmatch(value) and value != hashlib.sha256().hexdigest()))
-PATTERNS = only("a list of patterns", lambda value: (
-    isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)))
+def patterns(value: object) -> list[str]:
+    return [PATTERN(pattern) for pattern in only("a list of patterns", list)(value)]
 
 
-def key(convert: Callable[[Any], Any], default: Any = dataclasses.MISSING) -> Any:
-    """Declare a key of a table of the configuration file. It is required if it has no default."""
-    return dataclasses.field(default=default, metadata={"convert": convert})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """The base of the dataclasses that are made of the tables of the configuration file."""
-
-    @classmethod
-    def of(cls, table: object) -> Self:
-        """Return the dataclass for a TOML table. Raise ValueError that names the place of a mistake."""
-        if not isinstance(table, dict):
-            raise ValueError("this is not a table")
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-        values = {}
-        for name in (*fields, *table):
-            if name not in fields:
-                raise ValueError(f"the key {name!r} is unknown; known keys are {', '.join(fields)}")
-            if name in table:
-                try:
-                    values[name] = fields[name].metadata["convert"](table[name])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-            elif fields[name].default is dataclasses.MISSING:
-                raise ValueError(f"the key '{name}' is missing")
-        return cls(**values)
-
-    @classmethod
-    def list_of(cls, tables: object) -> Sequence[Self]:
-        """Return the dataclasses for a list of TOML tables. Raise ValueError as `of` does."""
-        if not isinstance(tables, list):
-            raise ValueError("this is not a list of tables; write its name in double brackets")
-        found = []
-        for number, table in enumerate(tables, 1):
-            try:
-                found.append(cls.of(table))
-            except ValueError as error:
-                raise ValueError(f"number {number}: {error}") from None
-        return found
+BOOLEAN, NAME = only("true or false", bool), only("a name", str, ".+")
+DIGEST = only("the SHA-256 of a token, in hex", str, f"(?!{hashlib.sha256().hexdigest()}){SHA256.pattern}")
+DAYS = only("a number of days from 1", int, "[1-9][0-9]{0,5}")
+PATTERN = only("a pattern that can match a directory", str, rf"(?!lost\+found\Z){SEGMENT.pattern}")
+KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {  # of the tables of the configuration file
+    "anonymous": {"read": patterns, "write": patterns},
+    "token": {"name": NAME, "sha256": DIGEST, "read": patterns, "write": patterns},
+    "directory": {"name": PATTERN, "write_once": BOOLEAN, "keep_versions": number_of_versions,
+                  "keep_days": DAYS, "max_size": number_of_bytes, "pages": BOOLEAN},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rights(Table):
-    """What a client without a token may do ([anonymous]), by shell patterns of directories."""
+class Client:
+    """What a client may do, by shell patterns of directories ([anonymous], [[token]])."""
 
-    name: str = dataclasses.field(default="-", init=False)  # as the log shows it
-    read: Sequence[str] = key(PATTERNS, ())
-    write: Sequence[str] = key(PATTERNS, ())
+    name: str = "-"  # as the log shows it
+    sha256: str = ""  # of its token, which is stored nowhere
+    read: Sequence[str] = ()
+    write: Sequence[str] = ()
 
-    def may(self, action: str, directory: str) -> bool:
-        """Return whether the client may "read" or "write" the directory."""
+    def may(self, action: str, directory: str | None) -> bool:
+        """Return whether the client may "read" or "write" the directory; None: any."""
+        if directory is None:
+            return bool(self.read or self.write)
         allowed = self.read if action == "read" else self.write
         return "*" in allowed or any(fnmatch.fnmatchcase(directory, pattern) for pattern in allowed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token(Rights):
-    """What a client with a token may do ([[token]])."""
-
-    name: str = key(NAME)
-    sha256: str = key(DIGEST)  # the token itself is stored nowhere
+EVERYONE = Client(read=["*"], write=["*"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule(Table):
-    """What holds for the directories that match `name`, a shell pattern ([[directory]]). None: not stated."""
-
-    name: str = key(NAME)
-    write_once: bool | None = key(BOOLEAN, None)
-    keep_versions: int | None = key(number_of_versions, None)
-    max_size: int | None = key(number_of_bytes, None)  # bytes
-
-
-EVERYONE = Rights(read=["*"], write=["*"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Table):
+@dataclass(frozen=True)
+class Config:
     """The configuration file."""
 
-    anonymous: Rights = dataclasses.field(default=EVERYONE, metadata={"convert": Rights.of})
-    token: Sequence[Token] = key(Token.list_of, ())
-    directory: Sequence[Rule] = key(Rule.list_of, ())
+    anonymous: Client = EVERYONE
+    token: Sequence[Client] = ()
+    directory: Sequence[Mapping[str, Any]] = ()  # the rules, with those of the KEYS that each states
 
-    def identify(self, authorization: str | None) -> Rights:
+    def identify(self, authorization: str | None) -> Client:
         """Return the token that Authorization has as Bearer, or as the password of Basic; else `anonymous`.
 
         Without configured tokens the field is ignored: a proxy may use it for users of its own."""
@@ -2061,12 +2060,12 @@ class Config(Table):
             try:
                 secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
             except ValueError:
-                secret = ""
+                return self.anonymous
+        elif scheme.lower() != "bearer":
+            return self.anonymous
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         known = [token for token in self.token if hmac.compare_digest(token.sha256, digest)]
-        if scheme.lower() not in ("basic", "bearer") or not secret or not known:
-            return self.anonymous
-        return known[0]
+        return known[0] if known else self.anonymous
 
 
 @dataclass(slots=True)
@@ -2077,15 +2076,15 @@ class Settings:
     config: Config = Config()
     keep_versions: int = 0
     max_size: int | None = None  # bytes of one artefact
-    hosts: frozenset[str] | None = None  # accepted names besides the loopback's; None: every name
+    hosts: frozenset[str] = frozenset()  # public names of this server, in lower case
+    loopback: bool = False  # whether it listens on loopback addresses only
 
     def rule(self, directory: str, key: str) -> Any:
         """Return the value of the first rule that matches the directory and states the key. If there is none,
         return the setting of that name, or None."""
         for rule in self.config.directory:
-            value = getattr(rule, key)
-            if value is not None and fnmatch.fnmatchcase(directory, rule.name):
-                return value
+            if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
+                return rule[key]
         return getattr(self, key, None)
 
     def cache_control(self, directives: str) -> str:
@@ -2093,27 +2092,51 @@ class Settings:
         return f"private, {directives}" if self.config.token else directives
 
 
+def read_table(kind: str, number: int, table: object) -> dict[str, Any]:
+    """Return the values of a table of the configuration file. Raise ValueError that names the key."""
+    values, keys = {}, KEYS[kind]
+    if not isinstance(table, dict):
+        raise ValueError(f"{kind}: number {number}: this is not a table")
+    if missing := [key for key in ("name", "sha256") if key in keys and key not in table]:
+        raise ValueError(f"{kind}: number {number}: the key '{missing[0]}' is missing")
+    for key, value in table.items():
+        try:
+            if key not in keys:
+                raise ValueError(f"the key is unknown; known keys are {', '.join(keys)}")
+            values[key] = keys[key](value)
+        except ValueError as error:
+            raise ValueError(f"{kind}: number {number}: {key!r}: {error}") from None
+    return values
+
+
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read a configuration file (TOML). A token also gets the rights of clients without a token.
 
     Raise OSError if the file cannot be read, ValueError that names the place of a mistake. Nothing in the
     file is ignored."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KEYS}
     with open(path, "rb") as file:
         try:
-            config = Config.of(tomllib.load(file))
-            for name in ("name", "sha256"):
-                if len({getattr(token, name) for token in config.token}) < len(config.token):
-                    raise ValueError(f"two tokens have the same {name}")
+            for kind, tables in tomllib.load(file).items():
+                if kind not in KEYS:
+                    raise ValueError(f"{kind!r} is unknown; known are [anonymous], [[token]], [[directory]]")
+                if kind != "anonymous" and not isinstance(tables, list):
+                    raise ValueError(f"{kind}: write its name in double brackets, [[{kind}]]")
+                listed = [tables] if kind == "anonymous" else tables
+                found[kind] = [read_table(kind, number, table) for number, table in enumerate(listed, 1)]
+            for key in ("name", "sha256"):
+                if len({token[key] for token in found["token"]}) < len(found["token"]):
+                    raise ValueError(f"two tokens have the same {key}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
-    anonymous = config.anonymous
-    if config.token and anonymous is EVERYONE:  # the file does not state it
-        anonymous = Rights()
+    anonymous = Client() if found["token"] else EVERYONE  # if the file does not state it
+    for table in found["anonymous"]:
+        anonymous = Client(**table)
     tokens = [
         replace(token, read=[*token.read, *anonymous.read], write=[*token.write, *anonymous.write])
-        for token in config.token
+        for token in (Client(**table) for table in found["token"])
     ]
-    return replace(config, anonymous=anonymous, token=tokens)
+    return Config(anonymous, tokens, found["directory"])
 
 
 class Gate:
@@ -2125,19 +2148,20 @@ class Gate:
     def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: object,
                          params: dict[str, Any]) -> None:
         """Identify the client, and raise HTTPUnauthorized or HTTPForbidden for what it may not do."""
-        reading = req.method in ("GET", "HEAD", "OPTIONS", "PROPFIND")
+        reading = req.method in READING
         self.check_host(req.env)
         if not reading:
-            check_origin(req.env)
+            self.check_origin(req.env)
+        if not req.query_string.isascii():  # other servers pass it on
+            raise HTTPBadRequest(description="All but ASCII must be percent-encoded in a query. Encode it.")
         if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
-            # An artefact's representation has fields of its own.
+            # An artefact's representation has fields of its own: `representation_fields`.
+            resp.set_header(*SAME_ORIGIN)
             resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
             resp.set_header("X-Content-Type-Options", "nosniff")
         config, directory = self.settings.config, params.get("directory")
         req.env["artefacts.who"] = client = config.identify(req.env.get("HTTP_AUTHORIZATION"))
-        if directory is not None and client.may("read" if reading else "write", directory):
-            return
-        if directory is None and (client.read or client.write):
+        if client.may("read" if reading else "write", directory):
             return
         if config.token and client is config.anonymous:
             hint = "Send a known token, as Bearer or as the password of Basic. It is required here."
@@ -2147,25 +2171,27 @@ class Gate:
     def check_host(self, environ: WSGIEnvironment) -> None:
         """Raise HTTPBadRequest for a missing or malformed Host (RFC 9112 §3.2), HTTPForbidden for a name that
         is not ours: another site may have bound it to this address (DNS rebinding)."""
-        host, hosts = environ.get("HTTP_HOST"), self.settings.hosts
+        host = environ.get("HTTP_HOST")
         match = HOST.fullmatch(host or "")
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
-        name = match[1].lower()
-        if hosts is not None and host is not None and not is_loopback(name) and name not in hosts:
+        name, guarded = match[1].lower(), self.settings.loopback and not self.settings.config.token
+        if guarded and host is not None and not is_loopback(name) and name not in self.settings.hosts:
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
-
-def check_origin(environ: WSGIEnvironment) -> None:
-    """Raise HTTPForbidden for a write that another site's page sends (cross-site request forgery)."""
-    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-    if site is not None:
-        foreign = site not in ("same-origin", "none")
-    else:
-        host = environ.get("HTTP_HOST", "").lower()
-        foreign = origin is not None and (not host or origin.partition("://")[2].lower() != host)
-    if foreign:
-        raise HTTPForbidden(description="Another site's page may not change anything. Use this server's own.")
+    def check_origin(self, environ: WSGIEnvironment) -> None:
+        """Raise HTTPForbidden for a write that another site's page sends (cross-site request forgery)."""
+        site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+        if origin is None and "HTTP_REFERER" in environ:
+            origin = "/".join(environ["HTTP_REFERER"].split("/", 3)[:3])
+        own = site in (None, "same-origin", "none")
+        if site is None and origin is not None:
+            match, host = ORIGIN.fullmatch(origin.lower()), environ.get("HTTP_HOST", "").lower()
+            # a public name is ours with any port: a proxy may have changed the Host
+            own = match is not None and (match[2] in self.settings.hosts or match[1] == host != "")
+        if not own:
+            detail = "Another site's page may not change anything. --allow-host names this server's own."
+            raise HTTPForbidden(description=detail)
 
 
 @functools.lru_cache(256)
@@ -2482,23 +2508,23 @@ def refusals_page(directory: str, refused: Iterable[Mapping[str, Any]], base: st
 
 STATUSES: dict[type[ArtefactsError], int] = {
     InvalidName: 400, Mismatch: 400, NotFound: 404, Conflict: 409, PreconditionFailed: 412, TooLarge: 413,
-    Damaged: 500, Unavailable: 503, OutOfSpace: 507,
-}
+    Damaged: 500, Unavailable: 503, CannotStore: 507, OutOfSpace: 507,
+}  # fmt: skip
+FULL = "The disk or its quota is full. Delete something; DELETE with ?versions also erases the versions."
+CLOSED = "The server has no permission for this file. Tell this server's administrator."
 OS_ERRORS = {
-    errno.ENOSPC: (507, "The disk is full. Delete something, or tell this server's administrator."),
-    errno.EDQUOT: (507, "The disk quota is used up. Delete something, or tell this server's administrator."),
+    errno.ENOSPC: (507, FULL), errno.EDQUOT: (507, FULL),
+    errno.EACCES: (500, CLOSED), errno.EPERM: (500, CLOSED),
     errno.EFBIG: (413, "The file system cannot store a file of this size. Send less."),
-    errno.ENAMETOOLONG: (400, "The file system cannot store a name of this length. Choose a shorter one."),
     errno.ELOOP: (409, "A symbolic link is in the way, and links are not followed. Choose another name."),
     errno.ENOTDIR: (409, "Something that is not a folder is in the way. Choose another name."),
     errno.EAGAIN: (503, "Another program holds the file. Try again later."),
     errno.EMFILE: (503, "Too many files are open. Try again later."),
     errno.ENFILE: (503, "Too many files are open. Try again later."),
     errno.EROFS: (500, "The data directory is read-only. Tell this server's administrator."),
-    errno.EACCES: (500, "The server has no permission for this file. Tell this server's administrator."),
-    errno.EPERM: (500, "The server has no permission for this file. Tell this server's administrator."),
     errno.EIO: (500, "The disk cannot be read or written. Tell this server's administrator."),
 }
+NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # of vfat, ecryptfs and others
 DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
     400: "The request is malformed. Correct it.",
     404: "Nothing is served under this path. Artefacts are at /artefacts/<directory>/<id>.",
@@ -2523,12 +2549,15 @@ def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]
     """Return the response to any error: status line, header fields, and a problem document (RFC 9457)."""
     code, detail = status_and_detail(error)
     status = falcon.code_to_http_status(code)
-    fields = {"content-type": "application/problem+json", "cache-control": "no-store",
-              "x-content-type-options": "nosniff"}
+    problem = {"title": status[4:], "status": code, "detail": detail}
+    if code == 409:
+        problem["code"] = getattr(error, "code", "in_the_way")
+    fields = {"retry-after": "10"} if code == 503 else {}
     if isinstance(error, falcon.HTTPError) and error.headers:
-        fields = {name.lower(): value for name, value in dict(error.headers).items()} | fields
-    body = json.dumps({"title": status[4:], "status": code, "detail": detail}).encode() + b"\n"
-    return status, list(fields.items()), body
+        fields |= {name.lower(): value for name, value in dict(error.headers).items()}
+    fields |= {"content-type": "application/problem+json", "cache-control": "no-store",
+               "x-content-type-options": "nosniff", SAME_ORIGIN[0].lower(): SAME_ORIGIN[1]}  # fmt: skip
+    return status, list(fields.items()), json.dumps(problem).encode() + b"\n"
 
 
 def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
@@ -2536,6 +2565,11 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
 
     This must not raise an HTTPError: Falcon would keep it in a reference cycle with its traceback, and the
     connection and what it received would stay in memory until the next garbage collection."""
+    if isinstance(error, OSError) and error.errno in NAME_ERRORS:
+        log.error("%s %s: %s", req.method, req.path, error)
+        error = InvalidName("The file system cannot store this name. Choose a shorter or simpler one.")
+    if isinstance(error, InvalidName) and req.method in READING:  # clients probe for names such as .zarray
+        error = NotFound(error.detail)
     code, detail = status_and_detail(error)
     if code >= 500:
         log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500] and error)
@@ -2599,6 +2633,34 @@ class Resource:
 
         return check
 
+    def expect_body(self, req: falcon.Request, directory: str) -> tuple[int | None, int | None]:
+        """Return the announced length of the body (None: chunked) and its limit, in bytes. TooLarge. What our
+        own connection receives is limited from here on."""
+        length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
+        if isinstance(req.env["wsgi.input"], Upload):
+            req.env["wsgi.input"].limit = limit
+        if limit is not None and (length or 0) > limit:
+            raise TooLarge(f"The limit is {limit} bytes. Send less; PUT the files of a form one by one.")
+        return length, limit
+
+    @contextlib.contextmanager
+    def receive(self, req: falcon.Request, length: int | None, limit: int | None) -> Iterator[Upload]:
+        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
+        Mismatch: the body breaks off."""
+        if isinstance(req.env["wsgi.input"], Upload):
+            yield req.env["wsgi.input"]
+            return
+        stream = req.env["wsgi.input"] if length is None else req.bounded_stream
+        with self.repository.stage(limit) as upload:
+            piece = b"-"
+            while piece:
+                try:
+                    piece = stream.read(PIECE)
+                except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
+                    raise Mismatch("The body broke off. Send it again.") from None
+                upload.write(piece)
+            yield upload
+
     def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str,
                   id: str | None = None) -> None:
         """Push each file of a form (RFC 7578) under its own name, or under `id`. Each is a commit of its own.
@@ -2606,53 +2668,51 @@ class Resource:
         The first refusal ends the form. The response has its status, and lists what was stored before it."""
         if not is_form(req):
             raise HTTPUnsupportedMediaType(description="POST a form (curl -F file=@f), or PUT an artefact.")
-        length = body_length(req.env)
+        if len(req.content_type or "") > MAX_FIELD:
+            raise HTTPBadRequest(description="The form's Content-Type is too long. Shorten it.")
         if announced_sha256(req.env) is not None:
             raise HTTPBadRequest(description="A digest of a form is not checked. PUT the file itself.")
+        length, limit = self.expect_body(req, directory)
         check_names(directory, "-" if id is None else id)
         self.repository.check_space(length or 0)
         require_body(req)
-        if isinstance(req.env["wsgi.input"], Upload):
-            req.env["wsgi.input"].verify(length, None)
+        with self.receive(req, length, limit) as form:
+            form.verify(length, None)
+            self._push_files(req, resp, directory, id, files_of_form(form, req.content_type or ""))
+
+    def _push_files(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str | None,
+                    files: Iterable[tuple[str, str, Read]]) -> None:
+        """Push the files of a form and render the response."""
         check = self.write_check(req, directory, creates=True)
-        stored: list[Artefact] = []
-        problem: dict[str, Any] = {}
-        target = None  # the id of the file that is being pushed
+        stored: list[dict[str, Any]] = []
+        problem: dict[str, Any] = {"refused": []}
+        base, target = base_of(req), None  # target: the id of the file that is being pushed
         try:
-            for name, type, read in files_of_form(req, length):
+            for name, type, read in files:
                 target = id or name
-                stored.append(self._push_file(read, directory, target, type, check))
+                self.repository.admit(directory, target, 0, check)
+                with self.repository.stage() as upload:
+                    while piece := read(PIECE):
+                        upload.write(piece)
+                    artefact, _ = self.repository.push(upload, directory, target, type=type, check=check)
+                stored.append(json.loads(artefact_json(artefact, base)))
                 target = None
             if not stored:
                 raise HTTPBadRequest(description="The form has no file. Choose one (curl -F file=@f).")
+            resp.status = falcon.HTTP_201
         except (ArtefactsError, falcon.HTTPError, OSError) as error:
             handle_error(req, resp, error, None)
             problem = json.loads(resp.data or b"")
             problem["refused"] = [{"id": target, "status": problem["status"], "detail": problem["detail"]}]
             if stored:
                 problem["detail"] += f" Files before it that are stored: {len(stored)}."
-        self._render_pushed(req, resp, directory, stored, problem)
-
-    def _push_file(self, read: Read, directory: str, id: str, type: str, check: Check) -> Artefact:
-        self.repository.admit(directory, id, 0, check)
-        with self.repository.stage(self.settings.rule(directory, "max_size")) as upload:
-            receive(read, upload)
-            return self.repository.push(upload, directory, id, type=type, check=check)[0]
-
-    def _render_pushed(self, req: falcon.Request, resp: falcon.Response, directory: str,
-                       stored: Sequence[Artefact], problem: dict[str, Any]) -> None:
-        """Render what became of a form. problem: empty if everything was stored."""
-        base, refused = base_of(req), problem.get("refused", [])
-        if format_of(req) == "html":  # a browser without script
-            if not problem:
-                raise falcon.HTTPSeeOther(href(base, directory))
-            render_page(resp, refusals_page(directory, refused, base))
-            return
-        if not problem:
-            resp.status = falcon.HTTP_201
-        artefacts = [json.loads(artefact_json(artefact, base)) for artefact in stored]
-        answer = problem | {"directory": directory, "artefacts": artefacts, "refused": refused}
-        render_json(resp, json.dumps(answer), "application/problem+json" if problem else falcon.MEDIA_JSON)
+        if format_of(req) != "html":
+            type = "application/problem+json" if problem["refused"] else falcon.MEDIA_JSON
+            render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": stored}), type)
+        elif problem["refused"]:  # a browser without script
+            render_page(resp, refusals_page(directory, problem["refused"], base))
+        else:
+            raise falcon.HTTPSeeOther(href(base, directory))
 
 
 class Root:
@@ -2737,7 +2797,7 @@ class ArtefactResource(Resource):
     """`/artefacts/<directory>/<id>`"""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        version, caching = None, "no-cache"
+        version, caching = None, "no-cache, no-transform"
         if req.query_string:
             if req.has_param("versions"):
                 self._list_versions(req, resp, directory, id)
@@ -2769,14 +2829,15 @@ class ArtefactResource(Resource):
     def _respond(self, req: falcon.Request, resp: falcon.Response, content: Content, caching: str) -> None:
         """Send the representation, or the part of it that the request's conditions and range select."""
         artefact, part = digested(req, content), None
+        modified = last_modified(artefact)
         is_modified = evaluate_conditions(req, content) is None
         if is_modified and "HTTP_RANGE" in req.env and req.method == "GET":  # RFC 9110 §14.2
-            etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
-            if_range = req.env.get("HTTP_IF_RANGE")
-            part = byte_range(req.env["HTTP_RANGE"], if_range, artefact.size, etag, modified)
-        fields = representation_fields(artefact, base_of(req), self.settings.cache_control(caching))
+            is_strong = modified is not None and modified + SETTLED <= time.time()
+            part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
+                              f'"{artefact.sha256}"', modified if is_strong else None)
+        fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
         if not is_modified:
-            resp.status = falcon.HTTP_304
+            resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
             return
         resp.set_headers(fields)
@@ -2790,7 +2851,7 @@ class ArtefactResource(Resource):
             send_content(req, resp, content, start, length)
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        self._push(req, resp, directory, id, self.write_check(req, directory))
+        self._push(req, resp, directory, id, creates=False)
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         if req.has_param("restore"):
@@ -2798,7 +2859,7 @@ class ArtefactResource(Resource):
         elif is_form(req):
             self.push_form(req, resp, directory, id)
         else:
-            self._push(req, resp, directory, id, self.write_check(req, directory, creates=True))
+            self._push(req, resp, directory, id, creates=True)
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         self.check_erasable(directory)
@@ -2822,28 +2883,21 @@ class ArtefactResource(Resource):
             raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
         render_stored(req, resp, artefact, created=True)
 
-    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
-              check: Check) -> None:
+    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str, *,
+              creates: bool) -> None:
         """Push the body. What the header shows to be refused is refused before the body is received."""
         if is_form(req):
             raise HTTPUnsupportedMediaType(description="POST the form, or PUT the file itself.")
-        length, sha256 = body_length(req.env), announced_sha256(req.env)
-        limit = self.settings.rule(directory, "max_size")
-        if limit is not None and length is not None and length > limit:
-            raise TooLarge(f"At most {limit} bytes are accepted here. Send less.")
-        body, phase = req.env["wsgi.input"], req.env.get(HEADERS_ONLY)
-        is_received = isinstance(body, Upload)  # by our own connection
-        if is_received:
-            body.limit = limit
+        sha256, (length, limit) = announced_sha256(req.env), self.expect_body(req, directory)
+        check, phase = self.write_check(req, directory, creates=creates), req.env.get(HEADERS_ONLY)
+        is_received = isinstance(req.env["wsgi.input"], Upload)  # by our own connection
         if not is_received or phase is False:
             self.repository.admit(directory, id, length or 0, check)
         # A body that came with its header is pushed on the event loop if neither fsync nor a lock delays it.
         at_once = is_received and phase is True and not self.repository.durable
         if not at_once:
             require_body(req)
-        with contextlib.nullcontext(body) if is_received else self.repository.stage(limit) as upload:
-            if not is_received:
-                receive(reader_of(req, length), upload)
+        with self.receive(req, length, limit) as upload:
             upload.verify(length, sha256)
             try:
                 artefact, created = self.repository.push(
@@ -2876,31 +2930,11 @@ def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | N
     etag = modified = None
     if current is not None:
         artefact = digested(req, current)
-        etag, modified = f'"{artefact.sha256}"', artefact.time // 1_000_000
+        etag, modified = f'"{artefact.sha256}"', last_modified(artefact)
     status = failed_precondition(req.method, conditions, etag, modified)
     if status == 412:
         raise PreconditionFailed("The artefact is not in the state that the request expects. Fetch it again.")
     return status
-
-
-def reader_of(req: falcon.Request, length: int | None) -> Read:
-    """Return the function that reads the body: `length` bytes, or to its end if it is chunked. It raises
-    Mismatch if the body breaks off."""
-    stream = req.env["wsgi.input"] if length is None else req.bounded_stream
-
-    def read(size: int) -> bytes:
-        try:
-            return bytes(stream.read(size))
-        except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
-            raise Mismatch("The body broke off. Send it again.") from None
-
-    return read
-
-
-def receive(read: Read, upload: Upload) -> None:
-    """Write everything that `read` returns to the upload."""
-    while piece := read(PIECE):
-        upload.write(piece)
 
 
 def is_form(req: falcon.Request) -> bool:
@@ -2908,32 +2942,42 @@ def is_form(req: falcon.Request) -> bool:
     return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
 
 
-def files_of_form(req: falcon.Request, length: int | None) -> Iterator[tuple[str, str, Read]]:
-    """Iterate over a form's files: name without folders (not all browsers send them), media type, reader.
+def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Read]]:
+    """Iterate over a form's files: name without folders (not all browsers omit them), media type, reader.
 
-    Raise HTTPBadRequest if the form is malformed, also from the reader; Mismatch if the body breaks off."""
+    Raise HTTPBadRequest if the form is malformed, also from the reader."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
-    form = BufferedReader(reader_of(req, length), sys.maxsize if length is None else length)
+    handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
+    stream = BufferedReader(form.read, form.size)
 
     def read_part(part: BodyPart, size: int) -> bytes:
         piece: bytes = part.stream.read(size)
-        if not piece and not form.peek(1):  # there is no delimiter
+        if not piece and not stream.peek(1):  # there is no delimiter
             raise HTTPBadRequest(description="The form ends within this file. Send it again.")
         return piece
 
     try:
-        for part in handler.deserialize(form, req.content_type, length):
-            name, type = "\ufffd", ""
-            with contextlib.suppress(UnicodeDecodeError):
-                name = (part.filename or "").replace("%22", '"')  # HTML encodes quotes so
-                # `part.content_type` is text/plain also if the part states no type.
-                type = part._headers.get(b"content-type", b"").decode()
-            if name:  # else it is a field, or no file was chosen
-                yield name.replace("\\", "/").rpartition("/")[2], type, functools.partial(read_part, part)
+        for part in handler.deserialize(stream, content_type, form.size):
+            type = part._headers.get(b"content-type", b"")  # `part.content_type` has a default
+            if name := file_name(part):  # else it is a field, or no file was chosen
+                yield name.rpartition("/")[2], type.decode("latin-1"), functools.partial(read_part, part)
     except falcon.HTTPError as error:
-        detail = f"The form is malformed from here on ({error.description}). Send it again."
+        detail = f"The form is malformed here: {error.description}. Correct it, or PUT the file itself."
         raise HTTPBadRequest(description=detail) from None
+
+
+def file_name(part: BodyPart) -> str:
+    """Return the file name of a form's part, "" if there is none. What cannot be decoded becomes U+FFFD."""
+    disposition = part._headers.get(b"content-disposition", b"").decode(errors="replace")
+    parameters = falcon.parse_header(disposition)[1]
+    name = parameters.get("filename", "")
+    if "filename*" in parameters:
+        match = EXTENDED_VALUE.fullmatch(parameters["filename*"])
+        if match is None:
+            raise HTTPBadRequest(description="the file name is neither in UTF-8 nor in ISO-8859-1")
+        name = unquote(match[2], match[1])
+    return name.replace("%22", '"').replace("\\", "/")  # HTML encodes quotes so
 
 
 # -- responses --
@@ -3107,7 +3151,8 @@ def parse_header(server: Server, raw: bytes) -> WSGIEnvironment:
         detail = "Only the transfer coding 'chunked' is implemented. Use it, or send a Content-Length."
         raise falcon.HTTPNotImplemented(description=detail) from None
     except waitress.parser.ParsingError as error:
-        raise falcon.HTTPBadRequest(description=f"{error}. Correct the request.") from None
+        detail = f"{error}. Correct the request: all but ASCII must be percent-encoded."
+        raise falcon.HTTPBadRequest(description=detail) from None
     except ValueError:  # from urlsplit, and from int with more than 4300 digits
         raise falcon.HTTPBadRequest(description="The header is malformed. Correct the request.") from None
     parser.body_rcv = None
@@ -3701,9 +3746,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
             f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
             "(--new-token, --config), listen on 127.0.0.1, or say --open"
         )
-    guarded = is_loopback(options.host) and not config.token
-    hosts = frozenset(name.lower() for name in options.allow_host) if guarded else None
-    return Settings(config, options.keep_versions, options.max_size, hosts)
+    hosts = frozenset(name.lower() for name in options.allow_host)
+    return Settings(config, options.keep_versions, options.max_size, hosts, is_loopback(options.host))
 
 
 def verify(repository: Reader) -> int:

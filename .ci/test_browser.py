@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import math
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -942,6 +944,52 @@ def test_what_was_uploaded_runs_nothing(apart: Browser, program: Program, name: 
     assert apart.run(mark) == "as it was"
     apart.open(f"{program.url}hostile/")
     assert apart.names() == program.listing("hostile") and "stolen" not in apart.names()
+
+
+IMAGE = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
+STYLE = b"p { color: rgb(1, 2, 3) }"
+
+
+def tone() -> bytes:
+    """Return a WAV file of a tenth of a second."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 1, 8000, 0, "NONE", ""))
+        writer.writeframes(bytes(800))
+    return file.getvalue()
+
+
+def test_a_report_shows_its_styles_images_and_media(apart: Browser, program: Program) -> None:
+    report = b"""<!doctype html><link rel="stylesheet" href="css/style.css"><p style="margin: 7px">text
+        <img src="image.svg"><img src="data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=">
+        <audio src="tone.wav" controls></audio>"""
+    for name, content in (
+        ("index.html", report), ("css/style.css", STYLE), ("image.svg", IMAGE), ("tone.wav", tone()),
+    ):  # fmt: skip
+        program.put(f"report/{name}", content)
+    apart.open(f"{program.url}report/index.html")
+    style = "return (style => [style.color, style.marginTop])(getComputedStyle(document.querySelector('p')))"
+    assert apart.run(style) == ["rgb(1, 2, 3)", "7px"]
+    assert apart.run("return [...document.images].map(image => image.naturalWidth)") == [9, 1]
+    duration = "return document.querySelector('audio, video').duration"
+    assert apart.until(lambda: apart.run(duration)) == 0.1
+    apart.open(f"{program.url}report/tone.wav")
+    assert apart.until(lambda: apart.run(duration)) == 0.1
+    apart.open(f"{program.url}report/image.svg")
+    assert apart.run("return document.documentElement.getBoundingClientRect().width") == 9
+
+
+def test_other_sites_cannot_use_artefacts(apart: Browser, program: Program) -> None:
+    for name, content in ("x.js", b"window.stolen = 1"), ("x.css", STYLE), ("x.svg", IMAGE):
+        program.put(f"private/{name}", content)
+    url = f"{program.url}private"
+    page = f"""<!doctype html><script src="{url}/x.js"></script><link rel="stylesheet" href="{url}/x.css">
+        <img src="{url}/x.svg"><img src="{url}/none.svg"><p>text"""
+    with elsewhere(page, "text/html") as (other, _):
+        apart.open(other)
+        assert apart.run("return [...document.images].map(image => image.naturalWidth)") == [0, 0]
+        color = "getComputedStyle(document.querySelector('p')).color"
+        assert apart.run(f"return [window.stolen ?? null, {color}]") == [None, "rgb(0, 0, 0)"]
 
 
 def test_without_script_it_lists_links_and_uploads(
