@@ -59,6 +59,7 @@ import fnmatch
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import io
 import ipaddress
@@ -123,6 +124,8 @@ TICK = 20_000_000  # ns: file times are at least this precise (the kernel's cloc
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
+LAST_NAME = "\U0010ffff" * 256  # sorts after every name
+LISTED = re.compile(SEGMENT.pattern + "/?")  # as `Files.names` returns it
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MEDIA_TYPE = re.compile(r"[\w!#$&^.+-]{1,127}/[\w!#$&^.+-]{1,127}(?:[ \t]*;[\x20-\x7e\t]{0,200})?", re.A)
@@ -475,27 +478,36 @@ class Files:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             return Descriptor(lock.release())
 
-    def names(self, folder: int) -> list[str]:
-        """Return the valid names in an open folder, sorted, a folder's with a slash at its end.
+    def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
+        folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
 
         A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
         show a name that is replaced after the folder was opened. The result is cached while the folder's
         own times show no change, unless a change within one tick of the clock could be hidden."""
-        found: set[str] = set()
+        found: list[str] = []
         for scan in range(SCANS):
             now, status = time.time_ns(), os.fstat(folder)
-            names = self._listed.get(key := identity(status))
-            if names is not None:
-                return names
+            cached = self._listed.get(key := identity(status))
+            if cached is not None:
+                return cached
             with os.scandir(folder) as entries:
-                found.update(
+                names = [
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    for entry in entries if SEGMENT.fullmatch(entry.name)
-                )
+                    for entry in entries
+                ]
+            found = [*{*found, *names}] if scan else names
             settled = now > status.st_ctime_ns + TICK
             if identity(os.fstat(folder)) == key and (settled or scan):
                 break
-        names = sorted(found)
+        if len(found) > KNOWN:
+            if prefix or after:
+                found = [
+                    name for name in found if (name > after or after.startswith(name))
+                    and (name.startswith(prefix) or prefix.startswith(name))
+                ]
+            return filter(LISTED.fullmatch, in_order(found))
+        names = sorted(filter(LISTED.fullmatch, found))
         if not scan:
             self._listed.keep(key, names, len(names) + 1)
         return names
@@ -508,7 +520,8 @@ class Files:
 
         Does not enter folders in which no id can match. Folders that cannot be read are added to
         `unreadable`; if that is None, their OSError is raised. A folder removed meanwhile is skipped."""
-        for name in self.names(folder):
+        after_here = after[len(inside) :] if after.startswith(inside) else ""
+        for name in self.names(folder, prefix[len(inside) :], after_here):
             id = inside + name
             if len(id) > MAX_ID // 4 and len(id.encode()) > longest:
                 continue
@@ -584,6 +597,20 @@ class Files:
         for key, folder in list(self.durable_folders.items()):
             if not os.fstat(folder.fd).st_nlink:
                 self.durable_folders.pop(key, None)
+
+
+def in_order(names: list[str]) -> Iterator[str]:
+    """Yield names, sorted: first 1 %, then 10 % at a time. To sort all of 1,000,000 at once takes twice as long
+    as to read them. Holds the names as one text, which needs 30 MB; as a list they need 90 MB."""
+    sample = sorted(names[:: len(names) // 1000 or 1])
+    bounds = [*sample[10::100], LAST_NAME]
+    first = "\0".join(sorted(name for name in names if name < bounds[0]))
+    text = "\0".join(names)
+    del names
+    yield from first.split("\0")
+    for low, high in itertools.pairwise(bounds):
+        every = (match[0] for match in re.finditer("[^\0]+", text))
+        yield from sorted(name for name in every if low <= name < high)
 
 
 def open_writable(parent: int, name: str) -> Descriptor:

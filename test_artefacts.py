@@ -1125,6 +1125,23 @@ def test_refusal_of_the_file_system_names_the_directory(
     assert tree(data) == {"app/x": b"one", "app/d/x": b"two"}
 
 
+def test_large_folders_are_listed_as_small_ones(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ["a", "a-b", "a.d/x", "a.d/y", "b", "d/e/f", "d/g", "d-", "d0", "é", "🎈", *map(str, range(20))]
+    for id in ids:
+        push(repository, id, b"1")
+    (data / "app/.hidden").touch()
+    (data / "app/back\\slash").touch()
+    open(os.fsencode(data) + b"/app/\xff", "w").close()
+    filters = ["", "a", "a.d", "a.d/", "a.d/x", "d", "d/e/f", "d/g", "é", "1", "19", "z"]
+    for limit in a.KNOWN, 3:
+        monkeypatch.setattr(a, "KNOWN", limit)
+        for prefix, after in itertools.product(filters, filters):
+            found = [artefact.id for artefact in repository.artefacts("app", prefix=prefix, after=after)]
+            assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
+
+
 # == Storage: metadata ============================================================================
 
 
