@@ -1201,22 +1201,27 @@ class Reader:
             )
 
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
+                  matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
-        """Yield the artefacts of a directory whose ids begin with `prefix` and sort after `after`, by
-        id. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot be
-        read is logged, and its id added to `unreadable` at the end, a folder's with a slash. A caller
+        """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
+        and `matches`. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot
+        be read is logged, and its id added to `unreadable` at the end, a folder's with a slash. A caller
         that does not read to the end closes the generator."""
         errors: list[tuple[str, OSError]] = []
-        with self.open_directory(directory) as folder:
-            for id, inside, name in self.files.walk(folder, "", prefix, after, unreadable=errors):
-                try:
-                    artefact = self._describe(inside, name, directory, id, digests)
-                except OSError as error:
-                    errors.append((id, error))
-                else:
-                    if artefact is not None:
-                        yield artefact
-        self._report(directory, errors, unreadable)
+        try:
+            with self.open_directory(directory) as folder:
+                for id, inside, name in self.files.walk(folder, "", prefix, after, unreadable=errors):
+                    if matches is not None and not matches(id):
+                        continue
+                    try:
+                        artefact = self._describe(inside, name, directory, id, digests)
+                    except OSError as error:
+                        errors.append((id, error))
+                    else:
+                        if artefact is not None:
+                            yield artefact
+        finally:
+            self._report(directory, errors, unreadable)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
