@@ -2873,6 +2873,13 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
 
 # == Resources ====================================================================================
 
+ARCHIVES = {"tar": "application/x-tar"}
+MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
+MAX_PATTERN = 255  # characters
+ROWS_AT_ONCE = 200  # of a listing: about 64 KB
+SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
+SOON = 0.25  # seconds: in between it depends on whether it is complete by then
+
 Read = Callable[[int], bytes]  # returns at most so many bytes, and none at the end
 
 # Keys of the environ in a header check (the table in "Connections"). HEADERS_ONLY: whether the body has been
@@ -3030,51 +3037,107 @@ class Directories(Resource):
     on_head = on_get
 
 
-class Directory(Resource):
-    """`/artefacts/<directory>`"""
+class Listing(Resource):
+    """The base of the resources that list artefacts: a directory, and a folder in it."""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+    def list_artefacts(self, req: falcon.Request, resp: falcon.Response, directory: str,
+                       folder: str = "") -> None:
+        """Render the artefacts below a folder ("", or with a slash at its end) that the query selects."""
         require_body(req)
-        format = format_of(req)
-        artefacts, following = self._select(req, directory, digests=format == "sha256sums")
+        format, unreadable = format_of(req), cast("list[str]", [])
+        if req.has_param("deleted") and format not in ("json", "html"):
+            raise HTTPBadRequest(description="Deleted artefacts are listed as 'json' or 'html' only.")
+        rows, following = self._select(req, directory, folder, unreadable)
+        name = folder[:-1].rpartition("/")[2] or directory
+        resp.set_header("Vary", "Accept")
         if following is not None:
             resp.set_header("Link", f'<{following}>; rel="next"')
-        resp.set_header("Vary", "Accept")
-        if format == "tar":
-            resp.content_type = "application/x-tar"
-            resp.set_header("Content-Disposition", content_disposition(f"{directory}.tar"))
-            resp.stream = tar_archive(self.repository, artefacts) if req.method == "GET" else iter(())
+        if format in ARCHIVES:
+            for _ in rows:  # if anything is unreadable, fail before the first byte
+                pass
+            if unreadable:
+                detail = f"These cannot be read: {', '.join(unreadable[:10])}. Fetch the others without them."
+                raise falcon.HTTPInternalServerError(description=detail)
+            rows, _ = self._select(req, directory, folder, unreadable)
+            resp.content_type = ARCHIVES[format]
+            resp.set_header("Content-Disposition", content_disposition(f"{name}.{format}"))
+            archive = tar_archive
+            resp.stream = archive(self.repository, rows, folder) if req.method == "GET" else iter(())
         elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
-            resp.text = "".join(f"{artefact.sha256}  {artefact.id}\n" for artefact in artefacts)
+            sums = (f"{artefact.sha256}  {artefact.id.removeprefix(folder)}\n" for artefact in rows)
+            send_texts(req, resp, sums)
         elif format == "html":
-            here = "" if req.env["PATH_INFO"].endswith("/") else quote(directory, safe="") + "/"
-            view = replace(self.page_view(req, directory), link_base=here, next_url=following,
+            here = "" if req.env["PATH_INFO"].endswith("/") else quote(name, safe="") + "/"
+            view = replace(self.page_view(req, directory), link_base=here, next_url=following, folder=folder,
                            deleted=req.has_param("deleted"))
-            render_page(resp, directory_page(view, artefacts))
+            render_page(resp, ())  # its header fields
+            send_texts(req, resp, directory_page(view, rows))
         else:
-            render_json(resp, json_listing(directory, artefacts, base_of(req), following))
+            resp.content_type = falcon.MEDIA_JSON
+            row = deleted_json if req.has_param("deleted") else row_json
+            rows_json = map(row, rows, itertools.repeat(base_of(req)))
+            send_texts(req, resp, json_listing(directory, rows_json, following, unreadable))
 
-    on_head = on_get
+    def newest(self, req: falcon.Request, directory: str, folder: str = "") -> NoReturn:
+        """Redirect to the newest of the artefacts that the query selects. Raise NotFound if there is none."""
+        require_body(req)
+        newest = max(self._found(req, directory, folder), key=stored_at, default=None)
+        if newest is None:
+            raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
+        raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
 
-    def _select(self, req: falcon.Request, directory: str,
-                digests: bool) -> tuple[list[Artefact], str | None]:
+    def _select(self, req: falcon.Request, directory: str, folder: str,
+                unreadable: list[str]) -> tuple[Iterator[Artefact], str | None]:
         """Return the artefacts that the query selects, and the path of the rest if `limit` cuts them."""
-        names = ("format", "prefix", "limit")
+        names = ("format", "prefix", "match", "deleted", "limit")
         query = {name: req.get_param(name) or "" for name in names if req.has_param(name)}
         if not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", query.get("limit", "1")):
             raise HTTPBadRequest(description="'limit' is a whole number from 1. Correct it.")
         limit = int(query["limit"]) if "limit" in query else None
         if limit is None and "format" not in query and format_of(req) == "html" and is_navigation(req):
             limit = PAGE_ROWS
-        prefix, after = query.get("prefix", ""), req.get_param("after") or ""
-        listing = self.repository.artefacts(directory, prefix=prefix, after=after, digests=digests)
-        with contextlib.closing(listing):
-            found = list(itertools.islice(listing, limit and limit + 1))
-        if limit is None or len(found) <= limit:
+        found = self._found(req, directory, folder, unreadable)
+        if req.has_param("sort"):
+            if req.get_param("sort") != "newest":
+                raise HTTPBadRequest(description="The only order is 'sort=newest'. Correct it.")
+            return iter(heapq.nlargest(min(limit or PAGE_ROWS, PAGE_ROWS), found, key=stored_at)), None
+        if limit is None:
             return found, None
-        query["after"] = found[limit - 1].id
-        return found[:limit], f"{href(base_of(req), directory)}?{urlencode(query)}"
+        with contextlib.closing(found):
+            rows = list(itertools.islice(found, min(limit, MAX_LIMIT)))
+            if next(found, None) is None:
+                return iter(rows), None
+        query["after"] = rows[-1].id
+        return iter(rows), f"{href(base_of(req), directory, folder)}?{urlencode(query)}"
+
+    def _found(self, req: falcon.Request, directory: str, folder: str,
+               unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
+        """Yield the artefacts that prefix, match, after and deleted of the query select."""
+        prefix, after = req.get_param("prefix") or "", req.get_param("after") or ""
+        matches = shell_pattern(req.get_param("match") or "") if req.has_param("match") else None
+        if folder.startswith(prefix):
+            prefix = folder
+        elif not prefix.startswith(folder):
+            raise HTTPBadRequest(description=f"Here, 'prefix' begins with '{folder}'. Correct it.")
+        if req.has_param("deleted"):
+            found = self.repository.deleted(directory, prefix=prefix, after=after)
+            yield from (artefact for artefact in found if matches is None or matches(artefact.id))
+        else:
+            yield from self.repository.artefacts(
+                directory, prefix=prefix, after=after, matches=matches, unreadable=unreadable,
+                digests=format_of(req) == "sha256sums")
+
+
+class Directory(Listing):
+    """`/artefacts/<directory>`"""
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
+        if req.has_param("newest"):
+            self.newest(req, directory)
+        self.list_artefacts(req, resp, directory)
+
+    on_head = on_get
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
         self.push_form(req, resp, directory)
@@ -3220,6 +3283,20 @@ def format_of(req: falcon.Request) -> str:
     return preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
 
 
+def shell_pattern(pattern: str) -> Callable[[str], object]:
+    """Return a function that matches an id as fnmatch.fnmatchcase does. Raise HTTPBadRequest for a long one.
+
+    The regular expression does not backtrack from one '*' to another. With at most MAX_PATTERN characters it
+    takes 10 ms to compile, and 0.5 ms to match an id of 1,024 bytes."""
+    if len(pattern) > MAX_PATTERN:
+        raise HTTPBadRequest(description=f"'match' has more than {MAX_PATTERN} characters. Shorten it.")
+    return re.compile(fnmatch.translate(pattern)).match
+
+
+def stored_at(artefact: Artefact) -> int:
+    return artefact.time
+
+
 def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | None:
     """Return 304 if the client's copy is current, None if the request is to be performed. Raise
     PreconditionFailed. current: None if there is no artefact."""
@@ -3307,19 +3384,42 @@ def render_stored(req: falcon.Request, resp: falcon.Response, artefact: Artefact
     render_json(resp, artefact_json(artefact, base))
 
 
-def json_listing(directory: str, artefacts: Iterable[Artefact], base: str, following: str | None) -> str:
-    """Return a directory's listing. following: the path of the rest of the listing."""
-    rows = ", ".join(map(row_json, artefacts, itertools.repeat(base)))
-    more = f', "next": {json_string(following)}' if following else ""
-    return f'{{"directory": {json_string(directory)}, "artefacts": [{rows}]{more}}}'
+def send_texts(req: falcon.Request, resp: falcon.Response, texts: Iterable[str]) -> None:
+    """Send a listing: a short one as a whole, which needs 0.95 of the time; a long one as a stream, which is
+    made while it is sent. Raise what its first rows raise."""
+    texts, deadline = iter(texts), time.monotonic() + SOON
+    pieces = iter(lambda: "".join(itertools.islice(texts, ROWS_AT_ONCE)).encode(), b"")
+    start = bytearray()
+    for piece in pieces:
+        start += piece
+        if len(start) > LONG or (len(start) > SHORT and time.monotonic() > deadline):
+            resp.data = None
+            resp.stream = itertools.chain((bytes(start),), pieces) if req.method == "GET" else iter(())
+            return
+    resp.data = bytes(start)
 
 
-def tar_archive(repository: Repository, artefacts: Iterable[Artefact]) -> Iterator[bytes]:
-    """Iterate over the pieces of a POSIX archive (pax) of the artefacts and their times. An artefact that was
-    replaced since it was listed is sent as it is now; one that was deleted is left out."""
+def json_listing(directory: str, rows: Iterable[str], following: str | None,
+                 unreadable: Sequence[str]) -> Iterator[str]:
+    """Generate a directory's listing. following: the path of the rest. unreadable: filled by the rows."""
+    yield f'{{"directory": {json_string(directory)}, "artefacts": ['
+    yield from itertools.islice(rows, 1)
+    yield from map(", ".__add__, rows)
+    yield f'], "next": {json_string(following)}' if following else "]"
+    yield f', "unreadable": {json.dumps(unreadable)}}}\n' if unreadable else "}\n"
+
+
+def deleted_json(artefact: Artefact, base: str) -> str:
+    return artefact_json(artefact, base, artefact.version)
+
+
+def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
+    """Iterate over the pieces of a POSIX archive (pax) of the artefacts and their times, with names relative
+    to the folder. An artefact that was replaced since it was listed is sent as it is now. One that was
+    deleted is left out."""
     for artefact in artefacts:
         with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
-            info, current = tarfile.TarInfo(artefact.id), content.artefact
+            info, current = tarfile.TarInfo(artefact.id.removeprefix(folder)), content.artefact
             info.size, info.mtime = current.size, current.time / 1e6
             yield info.tobuf(tarfile.PAX_FORMAT)
             yield from content.pieces()

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import http.client
 import io
@@ -2934,6 +2935,124 @@ def test_aborted_tar_does_not_look_complete(served: Program) -> None:
         os.truncate(file, 1024)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             answer.read()
+
+
+# == Resources over HTTP: listings ================================================================
+
+
+@pytest.fixture(scope="module")
+def long_url(served: Program) -> str:
+    """Return the URL of a directory whose listing is sent as a stream."""
+    (served.data / "long").mkdir()
+    for number in range(25_000):
+        (served.data / f"long/artefact-{number:05}").touch()
+    return f"{served.url}long"
+
+
+@pytest.mark.parametrize("format", ["json", "html", "sha256sums"])
+def test_long_listing_is_streamed_completely(long_url: str, format: str) -> None:
+    names = [f"artefact-{number:05}" for number in range(25_000)]
+    with urlopen(f"{long_url}?format={format}") as answer:
+        assert answer.headers.get("Content-Length") is None or format == "sha256sums"
+        body = answer.read()
+    if format == "json":
+        assert [artefact["id"] for artefact in json.loads(body)["artefacts"]] == names
+    elif format == "html":
+        assert re.findall(r'<td role="rowheader"><a href="([^"]*)"', body.decode()) == [
+            f"long/{name}" for name in names]
+    else:
+        assert body.decode() == "".join(f"{sha256(b'')}  {name}\n" for name in names)
+
+
+def test_slow_readers_of_listings_hold_no_worker(served: Program, long_url: str) -> None:
+    path = urlsplit(long_url).path
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            connection = stack.enter_context(served.connect(receive_buffer=4096))
+            connection.send(head("GET", path))
+        started = time.monotonic()
+        assert len(json.loads(served.get(f"{path}?limit=3").body)["artefacts"]) == 3
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("pattern", [
+    "*", "x*", "*.txt", "f/?", "*y", "[fx]*", "[!x]*", "f*y", "*/*", "", "[", "*[*", "x.txt", "X*", "f/[a-z]",
+])  # fmt: skip
+def test_match_selects_as_fnmatchcase_does(client: testing.TestClient, pattern: str) -> None:
+    listed = call(client, f"GET /artefacts/app?match={quote(pattern)}").json
+    assert ids(listed) == [id for id in ("f/y", "x.txt") if fnmatch.fnmatchcase(id, pattern)]
+
+
+@pytest.mark.parametrize("pattern", [
+    "*a" * 127 + "b", "*" * 254 + "b", "*" + "?" * 253 + "b", "[" * 255, "*[a-b]" * 42 + "c",
+    "*?" * 127 + "b", "*" + "a" * 253 + "b", "*" + "[!b]" * 63 + "c", "[!" * 127, "*a?" * 84 + "*b",
+    "[z-a]" * 51, "[^a" * 84 + "]",
+])  # fmt: skip
+def test_no_pattern_costs_more_than_a_tenth_of_a_second(tmp_path: Path, pattern: str) -> None:
+    data = tmp_path / "data"
+    for end in "defghijk":
+        add_file(data / "app" / ("a" * 250) / ("a" * 250) / ("ab" * 125) / ("a" * 250 + end), b"")
+    client = testing.TestClient(a.create_app(data, fsync=False))
+    call(client, "GET /artefacts/app")
+    started = time.thread_time()
+    assert ids(call(client, f"GET /artefacts/app?match={quote(pattern)}").json) == []
+    assert time.thread_time() - started < 0.1
+    assert call(client, f"GET /artefacts/app?match={quote(pattern)}{'x' * 255}").status_code == 400
+
+
+def test_newest_artefacts(empty_client: testing.TestClient, data: Path) -> None:
+    for id, version in ("a.zip", T2), ("b.zip", T3), ("c.txt", T1):
+        add_file(data / "app" / id, b"", version)
+    assert call(empty_client, "GET /artefacts/app?sort=newest").json.keys() == {"directory", "artefacts"}
+    for query, expected in {
+        "sort=newest": ["b.zip", "a.zip", "c.txt"], "sort=newest&limit=2": ["b.zip", "a.zip"],
+        "sort=newest&match=*c*": ["c.txt"], "sort=newest&prefix=a": ["a.zip"],
+    }.items():  # fmt: skip
+        assert ids(call(empty_client, f"GET /artefacts/app?{query}").json) == expected
+    assert call(empty_client, "GET /artefacts/app?sort=size").status_code == 400
+    for query, newest in {"": "b.zip", "&match=c*": "c.txt", "&prefix=a": "a.zip"}.items():
+        result = call(empty_client, f"GET /artefacts/app?newest{query}")
+        assert (result.status_code, result.headers["Location"]) == (307, f"/artefacts/app/{newest}")
+    for target in "app?newest&match=none", "none?newest":
+        assert call(empty_client, f"GET /artefacts/{target}").status_code == 404
+
+
+def test_deleted_artefacts_are_listed_with_their_newest_version(client: testing.TestClient) -> None:
+    assert ids(call(client, "GET /artefacts/app?deleted").json) == []
+    call(client, "PUT /artefacts/app/x.txt", body=b"three")
+    call(client, "DELETE /artefacts/app/x.txt")
+    call(client, "DELETE /artefacts/app/f/y")
+    first, second = call(client, "GET /artefacts/app?deleted").json["artefacts"]
+    assert (first["id"], second["id"], second["sha256"]) == ("f/y", "x.txt", sha256(b"three"))
+    assert second["href"] == f"/artefacts/app/x.txt?version={second['version']}"
+    assert call(client, f"GET {second['href']}").content == b"three"
+    assert ids(call(client, "GET /artefacts/app?deleted&match=x*").json) == ["x.txt"]
+    page = call(client, "GET /artefacts/app/?deleted&format=html").text
+    assert f'href="x.txt?version={second["version"]}"' in page
+    assert call(client, "GET /artefacts/app?deleted&format=tar").status_code == 400
+    call(client, f"POST /artefacts/app/x.txt?restore={second['version']}")
+    assert ids(call(client, "GET /artefacts/app?deleted").json) == ["f/y"]
+
+
+def test_an_unreadable_file_or_folder_does_not_break_a_listing(data: Path) -> None:
+    add_file(data / "app/a", b"a", T1)
+    add_file(data / "app/closed", b"closed", T1)
+    add_file(data / "app/folder/x", b"x", T1)
+    (data / "app/closed").chmod(0)
+    (data / "app/folder").chmod(0)
+    logged = r"artefacts: (ERROR )?(app/\S+ cannot be read|GET \S+): .*"
+    with Program(data, before=without_privileges(), logged=logged) as program:
+        listing = json.loads(program.get("/artefacts/app").body)
+        assert ids(listing) == ["a"] and listing["unreadable"] == ["closed", "folder/"]
+        listing = json.loads(program.get("/artefacts/app?limit=1&after=a").body)
+        assert ids(listing) == [] and listing["unreadable"] == ["closed", "folder/"]
+        assert program.get("/artefacts/app?format=sha256sums").body.decode() == f"{sha256(b'a')}  a\n"
+        assert program.get("/artefacts/app?format=html").status == 200
+        for format in ("tar",):
+            answer = program.get(f"/artefacts/app?format={format}")
+            assert answer.is_problem(500) and b"closed, folder/" in answer.body
+            assert program.get(f"/artefacts/app?format={format}&prefix=a").status == 200
+    (data / "app/folder").chmod(0o755)
 
 
 # == Resources over HTTP: curl, as people use it ==================================================
