@@ -81,6 +81,7 @@ import tarfile
 import time
 import tomllib
 import types
+import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1724,7 +1725,7 @@ BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", 
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
 URL_SAFE = re.compile(r"[\w.~/-]*", re.A)
 CONDITIONS = ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_MODIFIED_SINCE", "HTTP_IF_UNMODIFIED_SINCE")
-FORMATS = ("json", "html", "sha256sums", "tar")
+FORMATS = ("json", "html", "sha256sums", "tar", "zip")
 CACHED_ROWS = 16_384  # rows of JSON listings
 NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version")  # RFC 9110 §15.4.5
 INERT_FIELDS = {  # an artefact runs no code in a browser (Fetch; CSP 3)
@@ -2873,9 +2874,13 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
 
 # == Resources ====================================================================================
 
-ARCHIVES = {"tar": "application/x-tar"}
+ARCHIVES = {"tar": "application/x-tar", "zip": "application/zip"}
 MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
 MAX_PATTERN = 255  # characters
+MAX_ZIP32 = 256 * 1024 * 1024  # bytes of a file that certainly needs no ZIP64, with its frames
+ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, too
+ZIP_EPOCH = datetime.datetime(1980, 1, 1, tzinfo=datetime.UTC)
+ZIP_END = datetime.datetime(2107, 12, 31, 23, 59, 58, tzinfo=datetime.UTC)
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
 SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
 SOON = 0.25  # seconds: in between it depends on whether it is complete by then
@@ -3061,7 +3066,7 @@ class Listing(Resource):
             rows, _ = self._select(req, directory, folder, unreadable)
             resp.content_type = ARCHIVES[format]
             resp.set_header("Content-Disposition", content_disposition(f"{name}.{format}"))
-            archive = tar_archive
+            archive = tar_archive if format == "tar" else zip_archive
             resp.stream = archive(self.repository, rows, folder) if req.method == "GET" else iter(())
         elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
@@ -3425,6 +3430,49 @@ def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
             yield from content.pieces()
             yield bytes(-current.size % tarfile.BLOCKSIZE)
     yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+class Sink:
+    """The file that a zip archive is written to. It cannot seek: what was written is taken and sent."""
+
+    def __init__(self) -> None:
+        self._written = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self._written += data
+        return len(data)
+
+    def take(self) -> bytes:
+        taken = bytes(self._written)
+        self._written.clear()
+        return taken
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
+
+
+def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
+    """Iterate over the pieces of a zip archive, as `tar_archive` does. Nothing is compressed, but the bytes
+    are in DEFLATE's frames: they show where a file ends to programs that read an archive while it comes."""
+    sink = Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for artefact in artefacts:
+            with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
+                size, seconds = content.artefact.size, content.artefact.time // 1_000_000
+                at = min(max(EPOCH + datetime.timedelta(seconds=seconds), ZIP_EPOCH), ZIP_END)
+                info = zipfile.ZipInfo(artefact.id.removeprefix(folder), at.timetuple()[:6])
+                info.compress_type = zipfile.ZIP_DEFLATED
+                setattr(info, ZIP_LEVEL, 0)
+                info.external_attr = (stat.S_IFREG | 0o644) << 16
+                if 0 <= seconds < 1 << 31:  # the time in UTC, to the second (Info-ZIP's extended timestamp)
+                    info.extra = struct.pack("<HHBl", 0x5455, 5, 1, seconds)
+                with archive.open(info, "w", force_zip64=size > MAX_ZIP32) as file:
+                    for piece in content.pieces():
+                        file.write(piece)
+                        yield sink.take()
+    yield sink.take()
 
 
 def send_content(req: falcon.Request, resp: falcon.Response, content: Content, start: int,

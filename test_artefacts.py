@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import datetime as dt
 import errno
 import fcntl
 import fnmatch
@@ -26,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -2937,6 +2939,33 @@ def test_aborted_tar_does_not_look_complete(served: Program) -> None:
             answer.read()
 
 
+def test_zip_has_all_names_bytes_and_times(served: Program, tree_url: str) -> None:
+    with urlopen(f"{tree_url}?format=zip") as answer:
+        assert answer.headers["Content-Type"] == "application/zip"
+        assert 'filename="tree.zip"' in answer.headers["Content-Disposition"]
+        archive = zipfile.ZipFile(io.BytesIO(answer.read()))
+    assert archive.testzip() is None
+    assert {info.filename: archive.read(info) for info in archive.infolist()} == TREE
+    for info in archive.infolist():
+        time = (served.data / "tree" / info.filename).stat().st_mtime
+        assert struct.unpack("<HHBl", info.extra) == (0x5455, 5, 1, int(time))
+        assert dt.datetime(*info.date_time, tzinfo=dt.UTC).timestamp() == time // 2 * 2
+
+
+def test_large_zip_is_not_held_in_memory(served: Program, tmp_path: Path) -> None:
+    (served.data / "zip64").mkdir()
+    size = a.MAX_ZIP32 + 1
+    with open(served.data / "zip64/a", "wb") as file:
+        file.truncate(size)
+    before = served.peak_memory(restart=True)
+    with urlopen(f"{served.url}zip64?format=zip") as answer:
+        head = answer.read(1024)
+        assert answer.headers.get("Content-Length") is None and head[4:6] == b"\x2d\x00"  # 4.5: ZIP64
+        while answer.read(1024 * 1024):
+            pass
+    assert served.peak_memory() - before < 64 * 1024 * 1024
+
+
 # == Resources over HTTP: listings ================================================================
 
 
@@ -3048,7 +3077,7 @@ def test_an_unreadable_file_or_folder_does_not_break_a_listing(data: Path) -> No
         assert ids(listing) == [] and listing["unreadable"] == ["closed", "folder/"]
         assert program.get("/artefacts/app?format=sha256sums").body.decode() == f"{sha256(b'a')}  a\n"
         assert program.get("/artefacts/app?format=html").status == 200
-        for format in ("tar",):
+        for format in "tar", "zip":
             answer = program.get(f"/artefacts/app?format={format}")
             assert answer.is_problem(500) and b"closed, folder/" in answer.body
             assert program.get(f"/artefacts/app?format={format}&prefix=a").status == 200
@@ -4204,6 +4233,7 @@ def test_interrupted_worker_does_not_delay_its_result(tmp_path: Path) -> None:
     """Interrupt the worker right after it leaves its result: the event loop must see the result at once."""
     code = IMPORT + """
 import time
+import zipfile
 class Result(list):
     def append(self, result):
         super().append(result)
