@@ -1258,6 +1258,15 @@ class Reader:
             raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
         return earlier
 
+    @retry_on_estale
+    def has_folder(self, directory: str, id: str) -> bool:
+        """Return whether a folder has this name below a directory, maybe without an artefact."""
+        try:
+            self.files.open_folder(directory, *check_names(directory, id)).close()
+        except MISSING:
+            return False
+        return True
+
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
         """Return all versions, newest first, each with whether it is the current one. NotFound: there
         is none. Computes the digests that are not known yet."""
@@ -3154,8 +3163,8 @@ class Directory(Listing):
         resp.status = falcon.HTTP_204
 
 
-class ArtefactResource(Resource):
-    """`/artefacts/<directory>/<id>`"""
+class ArtefactResource(Listing):
+    """`/artefacts/<directory>/<id>`, and `/artefacts/<directory>/<folder>/`"""
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         version, caching = None, "no-cache"
@@ -3168,10 +3177,29 @@ class ArtefactResource(Resource):
                 version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
             elif req.has_param("version"):
                 version, caching = req.get_param("version"), "max-age=31536000, immutable"
-        with self.repository.fetch(directory, id, version, from_memory=True) as content:
-            self._respond(req, resp, content, caching)
+        try:
+            content = self.repository.fetch(directory, id, version, from_memory=True)
+        except NotFound:
+            is_folder = self.repository.has_folder(directory, id) or req.has_param("deleted")
+            if version is not None or not is_folder:
+                raise
+            self._show_folder(req, resp, directory, id)
+        else:
+            with content:
+                self._respond(req, resp, content, caching)
 
     on_head = on_get
+
+    def _show_folder(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        """List the artefacts below a folder. Redirect to its URL with a slash: links are relative to it."""
+        resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        if not req.env["PATH_INFO"].endswith("/"):
+            query = f"?{req.query_string}" if req.query_string else ""
+            raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
+        if req.has_param("newest"):
+            self.newest(req, directory, f"{id}/")
+        self.list_artefacts(req, resp, directory, f"{id}/")
 
     def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         require_body(req)

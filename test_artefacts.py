@@ -3084,6 +3084,56 @@ def test_an_unreadable_file_or_folder_does_not_break_a_listing(data: Path) -> No
     (data / "app/folder").chmod(0o755)
 
 
+def test_folders_are_listed_in_every_format(served: Program, tmp_path: Path) -> None:
+    content = {"1.4.0/a b.txt": b"1", "1.4.0/linux/app": b"22", "1.4.00": b"no", "1.4.0.x/y": b"no"}
+    for id, body in content.items():
+        served.ask(put(a.href("", "folders", id), body))
+    path, inside = "/artefacts/folders/1.4.0/", ["1.4.0/a b.txt", "1.4.0/linux/app"]
+    listing = served.get(path)
+    assert ids(json.loads(listing.body)) == inside and listing.headers["Cache-Control"] == "no-cache"
+    assert ids(json.loads(served.get(f"{path}?match=*app").body)) == inside[1:]
+    first = json.loads(served.get(f"{path}?limit=1").body)
+    assert ids(json.loads(served.get(first["next"]).body)) == inside[1:] and first["next"].startswith(path)
+    page = served.get(path, "Accept: text/html").body.decode()
+    assert re.findall(r'rowheader"><a href="([^"]*)"', page) == ["a%20b.txt", "linux/app"]
+    assert "#sha256=" not in page
+    accept = "Accept: application/vnd.pypi.simple.v1+html;q=0.1, text/html;q=0.01"
+    assert f'href="linux/app#sha256={sha256(b"22")}"' in served.get(path, accept).body.decode()
+    url = f"{served.url}folders/1.4.0/"
+    for format in "tar", "zip":
+        with urlopen(f"{url}?format={format}") as answer:
+            archive = io.BytesIO(answer.read())
+            assert f'filename="1.4.0.{format}"' in answer.headers["Content-Disposition"]
+        if format == "tar":
+            with tarfile.open(fileobj=archive) as opened:
+                names = opened.getnames()
+        else:
+            names = zipfile.ZipFile(archive).namelist()
+        assert names == ["a b.txt", "linux/app"]
+    (tmp_path / "linux").mkdir()
+    for name in "a b.txt", "linux/app":
+        (tmp_path / name).write_bytes(served.get(path + quote(name)).body)
+    assert pipe(f"{url}?format=sha256sums", "sha256sum --strict --quiet -c -", tmp_path).returncode == 0
+
+
+def test_what_answers_the_url_of_a_folder(client: testing.TestClient, data: Path) -> None:
+    add_file(data / "app/1.0/x", b"x", T1)
+    (data / "app/link").symlink_to(data / "app/1.0")
+    result = call(client, "GET /artefacts/app/1.0?limit=1&unknown")
+    assert result.status_code == 308
+    assert result.headers["Location"] == "/artefacts/app/1.0/?limit=1&unknown"
+    for target, status in (
+        ("app/1.0/", 200), ("app/x.txt/", 200), ("app/none/", 404), ("app/link/", 404), ("app/1.0/x/y/", 404),
+        ("app/1.0/?versions", 404), (f"app/1.0/?version={T1}", 404), ("app/1.0/?prefix=f/", 400),
+        ("app/1.0/?prefix=1.0/x", 200), ("none/1.0/", 404),
+    ):  # fmt: skip
+        for method in "GET", "HEAD":
+            assert call(client, f"{method} /artefacts/{target}").status_code == status, target
+    assert call(client, "GET /artefacts/app/1.0/?newest").headers["Location"] == "/artefacts/app/1.0/x"
+    call(client, "DELETE /artefacts/app/1.0/x")
+    assert ids(call(client, "GET /artefacts/app/1.0/?deleted").json) == ["1.0/x"]
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 
