@@ -10,7 +10,7 @@ URLs (`/artefact/` is the same as `/artefacts/`, with or without a trailing slas
     /artefacts/                   GET   the directories
     /artefacts/<directory>        GET   its artefacts    POST  a form    DELETE  all of it
     /artefacts/<directory>/<id>   GET   PUT   POST   DELETE   one artefact,
-        ?versions ?version=V ?at=TIME ?restore=V              and its earlier versions
+        ?versions ?version=V ?at=TIME ?restore=V ?from=PATH   and its earlier versions
 
 On disk (all state is here: there is no database and no index):
 
@@ -87,7 +87,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar, cast
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 from wsgiref.util import FileWrapper
 
 import falcon
@@ -601,8 +601,8 @@ class Files:
 
 
 def in_order(names: list[str]) -> Iterator[str]:
-    """Yield names, sorted: first 1 %, then 10 % at a time. To sort all of 1,000,000 at once takes twice as long
-    as to read them. Holds the names as one text, which needs 30 MB; as a list they need 90 MB."""
+    """Yield names, sorted: first 1 %, then 10 % at a time. To sort 1,000,000 at once takes twice as long as to
+    read them. Holds the names as one text, which needs 30 MB; as a list they need 90 MB."""
     sample = sorted(names[:: len(names) // 1000 or 1])
     bounds = [*sample[10::100], LAST_NAME]
     first = "\0".join(sorted(name for name in names if name < bounds[0]))
@@ -3239,11 +3239,16 @@ class ArtefactResource(Listing):
             send_content(req, resp, content, start, length)
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+        if req.has_param("from"):
+            self._promote(req, resp, directory, id, creates=False)
+            return
         self._push(req, resp, directory, id, self.write_check(req, directory))
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         if req.has_param("restore"):
             self._restore(req, resp, directory, id)
+        elif req.has_param("from"):
+            self._promote(req, resp, directory, id, creates=True)
         elif is_form(req):
             self.push_form(req, resp, directory, id)
         else:
@@ -3270,6 +3275,21 @@ class ArtefactResource(Listing):
         if format_of(req) == "html":  # a browser without script
             raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
         render_stored(req, resp, artefact, created=True)
+
+    def _promote(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str, *,
+                 creates: bool) -> None:
+        """Push a copy of another artefact. One that the client may not read does not exist for it."""
+        if body_length(req.env) != 0:
+            raise HTTPBadRequest(description="With 'from', the artefact is copied. Send no body.")
+        source_directory, source_id = source_of(req)
+        require_body(req)
+        if not req.env["artefacts.who"].may("read", source_directory):
+            raise NotFound(f"'{source_directory}' has no artefact '{source_id}'.")
+        limit = self.settings.rule(directory, "max_size")
+        check = self.write_check(req, directory, creates=creates)
+        with self.repository.fetch(source_directory, source_id, req.get_param("version")) as source:
+            artefact, created = self.repository.promote(source, directory, id, limit=limit, check=check)
+        render_stored(req, resp, artefact, created)
 
     def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str,
               check: Check) -> None:
@@ -3314,6 +3334,16 @@ def base_of(req: falcon.Request) -> str:
 def format_of(req: falcon.Request) -> str:
     """Return the one of FORMATS that the client prefers."""
     return preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
+
+
+def source_of(req: falcon.Request) -> tuple[str, str]:
+    """Return the directory and the id of the artefact whose path `from` states, as its `href` does."""
+    path = (req.get_param("from") or "").removeprefix(base_of(req))
+    match = re.fullmatch("/artefacts?/([^/?#]+)/([^?#]+)", path)
+    if match is None:
+        hint = "Write 'from' as the path of an artefact, encoded once more: /artefacts/staging/app.zip"
+        raise HTTPBadRequest(description=f"{hint}. '&version=' chooses an earlier version.")
+    return unquote(match[1], errors="replace"), unquote(match[2], errors="replace")
 
 
 def shell_pattern(pattern: str) -> Callable[[str], object]:

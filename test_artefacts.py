@@ -3134,6 +3134,81 @@ def test_what_answers_the_url_of_a_folder(client: testing.TestClient, data: Path
     assert ids(call(client, "GET /artefacts/app/1.0/?deleted").json) == ["1.0/x"]
 
 
+PROMOTING = """
+[[token]]
+name = "ci"
+sha256 = "{}"
+read = ["staging"]
+write = ["releases", "small", "once"]
+[[directory]]
+name = "small"
+max_size = 2
+[[directory]]
+name = "once"
+write_once = true
+""".format(sha256(b"ci"))
+
+
+def test_promote_copies_an_artefact(served: Program) -> None:
+    name = "a b+ü%?#.zip"
+    source = a.href("", "staging", f"1.0/{name}")
+    stored = json.loads(served.ask(put(source, b"first", "Content-Type: text/x-own")).body)
+    target = f"/artefacts/releases/app?from={quote(source)}"
+    answer = served.ask(head("POST", target))
+    promoted = json.loads(answer.body)
+    assert (answer.status, answer.headers["Location"]) == (201, "/artefacts/releases/app")
+    assert answer.headers["ETag"] == f'"{sha256(b"first")}"'
+    assert {**stored, "directory": "releases", "id": "app", "href": "/artefacts/releases/app",
+            "version": promoted["version"], "modified": promoted["modified"]} == promoted  # fmt: skip
+    assert served.get("/artefacts/releases/app").headers["Content-Type"] == "text/x-own"
+    assert served.ask(head("POST", target)).is_problem(409)
+    assert served.ask(head("PUT", target)).status == 200  # the same bytes
+    served.ask(put(source, b"second", "Content-Type: text/x-own"))
+    assert served.ask(head("PUT", target, "If-None-Match: *")).is_problem(412)
+    assert served.ask(head("PUT", target, f'If-Match: "{sha256(b"second")}"')).is_problem(412)
+    assert served.ask(head("PUT", target, f'If-Match: "{sha256(b"first")}"')).status == 200
+    assert served.get("/artefacts/releases/app").body == b"second"
+
+
+def test_promote_of_an_earlier_version_under_a_prefix(client: testing.TestClient) -> None:
+    options: dict[str, Any] = {"root_path": "/repo", "body": b""}
+    for base in "", "/repo":
+        target = f"/artefacts/new/x?from={base}/artefact/app/x.txt&version="
+        assert call(client, f"PUT {target}{T1}", **options).json["sha256"] == sha256(b"one")
+        assert call(client, f"PUT {target}{T2}", **options).json["sha256"] == sha256(b"two")
+        assert call(client, f"PUT {target}{T3}", **options).status_code == 404
+
+
+@pytest.mark.parametrize("source", [
+    "", "app/x.txt", "http://localhost/artefacts/app/x.txt", "//localhost/artefacts/app/x.txt",
+    "/artefacts/app/", "/artefacts/app", f"/artefacts/app/x.txt%3Fversion={T1}", "/other/app/x.txt", "/artefacts/../x",
+    "/artefacts/app/%252e%252e/x", "/artefacts/app/.hidden", "/artefacts/app/%25ff", "/artefacts/a%252fb/c",
+])  # fmt: skip
+def test_promote_from_another_path_is_refused(client: testing.TestClient, data: Path, source: str) -> None:
+    assert call(client, f"POST /artefacts/app/n?from={source}", body=b"").status_code == 400
+    assert tree(data) == INITIAL
+
+
+def test_promote_needs_the_right_to_read_its_source(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", "staging", "secret")
+    client = client_of(data, PROMOTING)
+    for target, source, status, body in (
+        ("POST releases/x", "staging/x", 201, b""), ("POST releases/y", "secret/x", 404, b""),
+        ("POST releases/y", "secret/missing", 404, b""), ("POST releases/y", "missing/x", 404, b""),
+        ("POST staging/y", "staging/x", 403, b""), ("POST releases/y", "staging/x", 400, b"body"),
+        ("PUT small/x", "staging/x", 413, b""), ("PUT once/x", "staging/x", 201, b""),
+        ("PUT once/x", "staging/x", 409, b""), ("PUT releases/x", "staging/x", 200, b""),
+        ("PUT releases/x/y", "staging/x", 409, b""),
+    ):  # fmt: skip
+        method, _, path = target.partition(" ")
+        line = f"{method} /artefacts/{path}?from=/artefacts/{source}"
+        result = simulate(client, line, "Authorization: Bearer ci", body=body)
+        assert result.status_code == status, (line, result.text)
+    line, token = "POST /artefacts/releases/y?from=/artefacts/secret/", "Authorization: Bearer ci"
+    details = [simulate(client, line + id, token).json for id in ("x", "none")]
+    assert details[0]["detail"].replace("'x'", "'none'") == details[1]["detail"]
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 
