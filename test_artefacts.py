@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
+import datetime as dt
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import http.client
 import io
@@ -25,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -1154,6 +1157,23 @@ def test_refusal_of_the_file_system_names_the_directory(
         assert tree(data) == {"app/x": b"one"}
     push(repository, "d/x", b"two")
     assert tree(data) == {"app/x": b"one", "app/d/x": b"two"}
+
+
+def test_large_folders_are_listed_as_small_ones(
+    data: Path, repository: a.Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ["a", "a-b", "a.d/x", "a.d/y", "b", "d/e/f", "d/g", "d-", "d0", "é", "🎈", *map(str, range(20))]
+    for id in ids:
+        push(repository, id, b"1")
+    (data / "app/.hidden").touch()
+    (data / "app/back\\slash").touch()
+    open(os.fsencode(data) + b"/app/\xff", "w").close()
+    filters = ["", "a", "a.d", "a.d/", "a.d/x", "d", "d/e/f", "d/g", "é", "1", "19", "z"]
+    for limit in a.KNOWN, 3:
+        monkeypatch.setattr(a, "KNOWN", limit)
+        for prefix, after in itertools.product(filters, filters):
+            found = [artefact.id for artefact in repository.artefacts("app", prefix=prefix, after=after)]
+            assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
 
 
 # == Storage: metadata ============================================================================
@@ -3099,6 +3119,277 @@ def test_aborted_tar_does_not_look_complete(served: Program) -> None:
             answer.read()
 
 
+def test_zip_has_all_names_bytes_and_times(served: Program, tree_url: str) -> None:
+    with urlopen(f"{tree_url}?format=zip") as answer:
+        assert answer.headers["Content-Type"] == "application/zip"
+        assert 'filename="tree.zip"' in answer.headers["Content-Disposition"]
+        archive = zipfile.ZipFile(io.BytesIO(answer.read()))
+    assert archive.testzip() is None
+    assert {info.filename: archive.read(info) for info in archive.infolist()} == TREE
+    for info in archive.infolist():
+        time = (served.data / "tree" / info.filename).stat().st_mtime
+        assert struct.unpack("<HHBl", info.extra) == (0x5455, 5, 1, int(time))
+        assert dt.datetime(*info.date_time, tzinfo=dt.UTC).timestamp() == time // 2 * 2
+
+
+def test_large_zip_is_not_held_in_memory(served: Program, tmp_path: Path) -> None:
+    (served.data / "zip64").mkdir()
+    size = a.MAX_ZIP32 + 1
+    with open(served.data / "zip64/a", "wb") as file:
+        file.truncate(size)
+    before = served.peak_memory(restart=True)
+    with urlopen(f"{served.url}zip64?format=zip") as answer:
+        head = answer.read(1024)
+        assert answer.headers.get("Content-Length") is None and head[4:6] == b"\x2d\x00"  # 4.5: ZIP64
+        while answer.read(1024 * 1024):
+            pass
+    assert served.peak_memory() - before < 64 * 1024 * 1024
+
+
+# == Resources over HTTP: listings ================================================================
+
+
+@pytest.fixture(scope="module")
+def long_url(served: Program) -> str:
+    """Return the URL of a directory whose listing is sent as a stream."""
+    (served.data / "long").mkdir()
+    for number in range(25_000):
+        (served.data / f"long/artefact-{number:05}").touch()
+    return f"{served.url}long"
+
+
+@pytest.mark.parametrize("format", ["json", "html", "sha256sums"])
+def test_long_listing_is_streamed_completely(long_url: str, format: str) -> None:
+    names = [f"artefact-{number:05}" for number in range(25_000)]
+    with urlopen(f"{long_url}?format={format}") as answer:
+        assert answer.headers.get("Content-Length") is None or format == "sha256sums"
+        body = answer.read()
+    if format == "json":
+        assert [artefact["id"] for artefact in json.loads(body)["artefacts"]] == names
+    elif format == "html":
+        assert re.findall(r'<td role="rowheader"><a href="([^"]*)"', body.decode()) == [
+            f"long/{name}" for name in names]
+    else:
+        assert body.decode() == "".join(f"{sha256(b'')}  {name}\n" for name in names)
+
+
+def test_slow_readers_of_listings_hold_no_worker(served: Program, long_url: str) -> None:
+    path = urlsplit(long_url).path
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            connection = stack.enter_context(served.connect(receive_buffer=4096))
+            connection.send(head("GET", path))
+        started = time.monotonic()
+        assert len(json.loads(served.get(f"{path}?limit=3").body)["artefacts"]) == 3
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("pattern", [
+    "*", "x*", "*.txt", "f/?", "*y", "[fx]*", "[!x]*", "f*y", "*/*", "", "[", "*[*", "x.txt", "X*", "f/[a-z]",
+])  # fmt: skip
+def test_match_selects_as_fnmatchcase_does(client: testing.TestClient, pattern: str) -> None:
+    listed = call(client, f"GET /artefacts/app?match={quote(pattern)}").json
+    assert ids(listed) == [id for id in ("f/y", "x.txt") if fnmatch.fnmatchcase(id, pattern)]
+
+
+@pytest.mark.parametrize("pattern", [
+    "*a" * 127 + "b", "*" * 254 + "b", "*" + "?" * 253 + "b", "[" * 255, "*[a-b]" * 42 + "c",
+    "*?" * 127 + "b", "*" + "a" * 253 + "b", "*" + "[!b]" * 63 + "c", "[!" * 127, "*a?" * 84 + "*b",
+    "[z-a]" * 51, "[^a" * 84 + "]",
+])  # fmt: skip
+def test_no_pattern_costs_more_than_a_tenth_of_a_second(tmp_path: Path, pattern: str) -> None:
+    data = tmp_path / "data"
+    for end in "defghijk":
+        add_file(data / "app" / ("a" * 250) / ("a" * 250) / ("ab" * 125) / ("a" * 250 + end), b"")
+    client = testing.TestClient(a.create_app(data, fsync=False))
+    call(client, "GET /artefacts/app")
+    started = time.thread_time()
+    assert ids(call(client, f"GET /artefacts/app?match={quote(pattern)}").json) == []
+    assert time.thread_time() - started < 0.1
+    assert call(client, f"GET /artefacts/app?match={quote(pattern)}{'x' * 255}").status_code == 400
+
+
+def test_newest_artefacts(empty_client: testing.TestClient, data: Path) -> None:
+    for id, version in ("a.zip", T2), ("b.zip", T3), ("c.txt", T1):
+        add_file(data / "app" / id, b"", version)
+    assert call(empty_client, "GET /artefacts/app?sort=newest").json.keys() == {"directory", "artefacts"}
+    for query, expected in {
+        "sort=newest": ["b.zip", "a.zip", "c.txt"], "sort=newest&limit=2": ["b.zip", "a.zip"],
+        "sort=newest&match=*c*": ["c.txt"], "sort=newest&prefix=a": ["a.zip"],
+    }.items():  # fmt: skip
+        assert ids(call(empty_client, f"GET /artefacts/app?{query}").json) == expected
+    assert call(empty_client, "GET /artefacts/app?sort=size").status_code == 400
+    for query, newest in {"": "b.zip", "&match=c*": "c.txt", "&prefix=a": "a.zip"}.items():
+        result = call(empty_client, f"GET /artefacts/app?newest{query}")
+        assert (result.status_code, result.headers["Location"]) == (307, f"/artefacts/app/{newest}")
+    for target in "app?newest&match=none", "none?newest":
+        assert call(empty_client, f"GET /artefacts/{target}").status_code == 404
+
+
+def test_deleted_artefacts_are_listed_with_their_newest_version(client: testing.TestClient) -> None:
+    assert ids(call(client, "GET /artefacts/app?deleted").json) == []
+    call(client, "PUT /artefacts/app/x.txt", body=b"three")
+    call(client, "DELETE /artefacts/app/x.txt")
+    call(client, "DELETE /artefacts/app/f/y")
+    first, second = call(client, "GET /artefacts/app?deleted").json["artefacts"]
+    assert (first["id"], second["id"], second["sha256"]) == ("f/y", "x.txt", sha256(b"three"))
+    assert second["href"] == f"/artefacts/app/x.txt?version={second['version']}"
+    assert call(client, f"GET {second['href']}").content == b"three"
+    assert ids(call(client, "GET /artefacts/app?deleted&match=x*").json) == ["x.txt"]
+    page = call(client, "GET /artefacts/app/?deleted&format=html").text
+    assert f'href="x.txt?version={second["version"]}"' in page
+    assert call(client, "GET /artefacts/app?deleted&format=tar").status_code == 400
+    call(client, f"POST /artefacts/app/x.txt?restore={second['version']}")
+    assert ids(call(client, "GET /artefacts/app?deleted").json) == ["f/y"]
+
+
+def test_an_unreadable_file_or_folder_does_not_break_a_listing(data: Path) -> None:
+    add_file(data / "app/a", b"a", T1)
+    add_file(data / "app/closed", b"closed", T1)
+    add_file(data / "app/folder/x", b"x", T1)
+    (data / "app/closed").chmod(0)
+    (data / "app/folder").chmod(0)
+    logged = r"artefacts: (ERROR )?(app/\S+ cannot be read|GET \S+): .*"
+    with Program(data, before=without_privileges(), logged=logged) as program:
+        listing = json.loads(program.get("/artefacts/app").body)
+        assert ids(listing) == ["a"] and listing["unreadable"] == ["closed", "folder/"]
+        listing = json.loads(program.get("/artefacts/app?limit=1&after=a").body)
+        assert ids(listing) == [] and listing["unreadable"] == ["closed", "folder/"]
+        assert program.get("/artefacts/app?format=sha256sums").body.decode() == f"{sha256(b'a')}  a\n"
+        assert program.get("/artefacts/app?format=html").status == 200
+        for format in "tar", "zip":
+            answer = program.get(f"/artefacts/app?format={format}")
+            assert answer.is_problem(500) and b"closed, folder/" in answer.body
+            assert program.get(f"/artefacts/app?format={format}&prefix=a").status == 200
+    (data / "app/folder").chmod(0o755)
+
+
+def test_folders_are_listed_in_every_format(served: Program, tmp_path: Path) -> None:
+    content = {"1.4.0/a b.txt": b"1", "1.4.0/linux/app": b"22", "1.4.00": b"no", "1.4.0.x/y": b"no"}
+    for id, body in content.items():
+        served.ask(put(a.href("", "folders", id), body))
+    path, inside = "/artefacts/folders/1.4.0/", ["1.4.0/a b.txt", "1.4.0/linux/app"]
+    listing = served.get(path)
+    assert ids(json.loads(listing.body)) == inside and listing.headers["Cache-Control"] == "no-cache"
+    assert ids(json.loads(served.get(f"{path}?match=*app").body)) == inside[1:]
+    first = json.loads(served.get(f"{path}?limit=1").body)
+    assert ids(json.loads(served.get(first["next"]).body)) == inside[1:] and first["next"].startswith(path)
+    page = served.get(path, "Accept: text/html").body.decode()
+    assert re.findall(r'rowheader"><a href="([^"]*)"', page) == ["a%20b.txt", "linux/app"]
+    assert "#sha256=" not in page
+    accept = "Accept: application/vnd.pypi.simple.v1+html;q=0.1, text/html;q=0.01"
+    assert f'href="linux/app#sha256={sha256(b"22")}"' in served.get(path, accept).body.decode()
+    url = f"{served.url}folders/1.4.0/"
+    for format in "tar", "zip":
+        with urlopen(f"{url}?format={format}") as answer:
+            archive = io.BytesIO(answer.read())
+            assert f'filename="1.4.0.{format}"' in answer.headers["Content-Disposition"]
+        if format == "tar":
+            with tarfile.open(fileobj=archive) as opened:
+                names = opened.getnames()
+        else:
+            names = zipfile.ZipFile(archive).namelist()
+        assert names == ["a b.txt", "linux/app"]
+    (tmp_path / "linux").mkdir()
+    for name in "a b.txt", "linux/app":
+        (tmp_path / name).write_bytes(served.get(path + quote(name)).body)
+    assert pipe(f"{url}?format=sha256sums", "sha256sum --strict --quiet -c -", tmp_path).returncode == 0
+
+
+def test_what_answers_the_url_of_a_folder(client: testing.TestClient, data: Path) -> None:
+    add_file(data / "app/1.0/x", b"x", T1)
+    (data / "app/link").symlink_to(data / "app/1.0")
+    result = call(client, "GET /artefacts/app/1.0?limit=1&unknown")
+    assert result.status_code == 308
+    assert result.headers["Location"] == "/artefacts/app/1.0/?limit=1&unknown"
+    for target, status in (
+        ("app/1.0/", 200), ("app/x.txt/", 200), ("app/none/", 404), ("app/link/", 404), ("app/1.0/x/y/", 404),
+        ("app/1.0/?versions", 404), (f"app/1.0/?version={T1}", 404), ("app/1.0/?prefix=f/", 400),
+        ("app/1.0/?prefix=1.0/x", 200), ("none/1.0/", 404),
+    ):  # fmt: skip
+        for method in "GET", "HEAD":
+            assert call(client, f"{method} /artefacts/{target}").status_code == status, target
+    assert call(client, "GET /artefacts/app/1.0/?newest").headers["Location"] == "/artefacts/app/1.0/x"
+    call(client, "DELETE /artefacts/app/1.0/x")
+    assert ids(call(client, "GET /artefacts/app/1.0/?deleted").json) == ["1.0/x"]
+
+
+PROMOTING = """
+[[token]]
+name = "ci"
+sha256 = "{}"
+read = ["staging"]
+write = ["releases", "small", "once"]
+[[directory]]
+name = "small"
+max_size = 2
+[[directory]]
+name = "once"
+write_once = true
+""".format(sha256(b"ci"))
+
+
+def test_promote_copies_an_artefact(served: Program) -> None:
+    name = "a b+ü%?#.zip"
+    source = a.href("", "staging", f"1.0/{name}")
+    stored = json.loads(served.ask(put(source, b"first", "Content-Type: text/x-own")).body)
+    target = f"/artefacts/releases/app?from={quote(source)}"
+    answer = served.ask(head("POST", target))
+    promoted = json.loads(answer.body)
+    assert (answer.status, answer.headers["Location"]) == (201, "/artefacts/releases/app")
+    assert answer.headers["ETag"] == f'"{sha256(b"first")}"'
+    assert {**stored, "directory": "releases", "id": "app", "href": "/artefacts/releases/app",
+            "version": promoted["version"], "modified": promoted["modified"]} == promoted  # fmt: skip
+    assert served.get("/artefacts/releases/app").headers["Content-Type"] == "text/x-own"
+    assert served.ask(head("POST", target)).is_problem(409)
+    assert served.ask(head("PUT", target)).status == 200  # the same bytes
+    served.ask(put(source, b"second", "Content-Type: text/x-own"))
+    assert served.ask(head("PUT", target, "If-None-Match: *")).is_problem(412)
+    assert served.ask(head("PUT", target, f'If-Match: "{sha256(b"second")}"')).is_problem(412)
+    assert served.ask(head("PUT", target, f'If-Match: "{sha256(b"first")}"')).status == 200
+    assert served.get("/artefacts/releases/app").body == b"second"
+
+
+def test_promote_of_an_earlier_version_under_a_prefix(client: testing.TestClient) -> None:
+    options: dict[str, Any] = {"root_path": "/repo", "body": b""}
+    for base in "", "/repo":
+        target = f"/artefacts/new/x?from={base}/artefact/app/x.txt&version="
+        assert call(client, f"PUT {target}{T1}", **options).json["sha256"] == sha256(b"one")
+        assert call(client, f"PUT {target}{T2}", **options).json["sha256"] == sha256(b"two")
+        assert call(client, f"PUT {target}{T3}", **options).status_code == 404
+
+
+@pytest.mark.parametrize("source", [
+    "", "app/x.txt", "http://localhost/artefacts/app/x.txt", "//localhost/artefacts/app/x.txt",
+    "/artefacts/app/", "/artefacts/app", f"/artefacts/app/x.txt%3Fversion={T1}", "/other/app/x.txt",
+    "/artefacts/../x",
+    "/artefacts/app/%252e%252e/x", "/artefacts/app/.hidden", "/artefacts/app/%25ff", "/artefacts/a%252fb/c",
+])  # fmt: skip
+def test_promote_from_another_path_is_refused(client: testing.TestClient, data: Path, source: str) -> None:
+    assert call(client, f"POST /artefacts/app/n?from={source}", body=b"").status_code == 400
+    assert tree(data) == INITIAL
+
+
+def test_promote_needs_the_right_to_read_its_source(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", "staging", "secret")
+    client = client_of(data, PROMOTING)
+    for target, source, status, body in (
+        ("POST releases/x", "staging/x", 201, b""), ("POST releases/y", "secret/x", 404, b""),
+        ("POST releases/y", "secret/missing", 404, b""), ("POST releases/y", "missing/x", 404, b""),
+        ("POST staging/y", "staging/x", 403, b""), ("POST releases/y", "staging/x", 400, b"body"),
+        ("PUT small/x", "staging/x", 413, b""), ("PUT once/x", "staging/x", 201, b""),
+        ("PUT once/x", "staging/x", 409, b""), ("PUT releases/x", "staging/x", 200, b""),
+        ("PUT releases/x/y", "staging/x", 409, b""),
+    ):  # fmt: skip
+        method, _, path = target.partition(" ")
+        line = f"{method} /artefacts/{path}?from=/artefacts/{source}"
+        result = simulate(client, line, "Authorization: Bearer ci", body=body)
+        assert result.status_code == status, (line, result.text)
+    line, token = "POST /artefacts/releases/y?from=/artefacts/secret/", "Authorization: Bearer ci"
+    details = [simulate(client, line + id, token).json for id in ("x", "none")]
+    assert details[0]["detail"].replace("'x'", "'none'") == details[1]["detail"]
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 
@@ -4417,6 +4708,7 @@ def test_interrupted_worker_does_not_delay_its_result(tmp_path: Path) -> None:
     """Interrupt the worker right after it leaves its result: the event loop must see the result at once."""
     code = IMPORT + """
 import time
+import zipfile
 class Result(list):
     def append(self, result):
         super().append(result)
