@@ -551,11 +551,12 @@ class Files:
         """Close the durable folders that were removed: an open one prevents a remount as read-only."""
         for key, folder in tuple(self.durable_folders.items()):
             try:
-                removed = not os.fstat(folder.fd).st_nlink
-            except OSError:  # ESTALE: another host removed it
-                removed = True
-            if removed:
-                self.durable_folders.pop(key, None)
+                if os.fstat(folder.fd).st_nlink:
+                    continue
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # another host removed it
+                    raise
+            self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -567,7 +568,6 @@ class Files:
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self.close_removed)
             parents = [stack.enter_context(self.open_folder(names[0]))]
             for name in names[1:-1]:
                 parents.append(stack.enter_context(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1]))))
@@ -577,9 +577,10 @@ class Files:
                 except OSError as error:
                     # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
                     # EBUSY: something is mounted there.
-                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
-                        return
-                    raise
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
+                        raise
+                    break
+        self.close_removed()
 
 
 def open_writable(parent: int, name: str) -> Descriptor:

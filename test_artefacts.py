@@ -960,10 +960,11 @@ def test_folder_that_another_process_made_again_is_fsynced(data: Path, events: E
 def test_removed_folder_is_not_kept_open(data: Path) -> None:
     """An open folder without a name would keep the file system from a remount as read-only."""
     repository = a.Repository(data, keep_versions=1)
-    for remove in (
+    removals: list[Callable[[], object]] = [
         lambda: repository.delete("app", "d/e/x"), lambda: repository.erase_all("app", "d/e/x"),
         lambda: repository.delete_directory("app"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for remove in removals:
         for content in b"1", b"2":
             push(repository, "d/e/x", content)
         remove()
