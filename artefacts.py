@@ -606,11 +606,12 @@ class Files:
         """Close the durable folders that were removed: an open one prevents a remount as read-only."""
         for key, folder in tuple(self.durable_folders.items()):
             try:
-                removed = not os.fstat(folder.fd).st_nlink
-            except OSError:  # ESTALE: another host removed it
-                removed = True
-            if removed:
-                self.durable_folders.pop(key, None)
+                if os.fstat(folder.fd).st_nlink:
+                    continue
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # another host removed it
+                    raise
+            self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -2505,7 +2506,7 @@ addEventListener("keydown", (event) => {
 
 // Uploads. Each has a line, whose state is open, stored or failed.
 const isOpen = ({state}) => state === "open";
-let uploads = [], totals;
+let uploads = [], skipped = 0, totalMeter;
 function progressMeter(start = 0) {  // describes progress, with the speed of the last 5 seconds
   const samples = [[performance.now(), start]];
   return (done, all) => {
@@ -2518,29 +2519,26 @@ function progressMeter(start = 0) {  // describes progress, with the speed of th
   };
 }
 function report() {
-  const {open, stored, failed, skipped, sent, size, meter} = totals, [, bar, note, button] = total.children;
-  bar.value = sent / size || 0;
-  note.textContent = `${stored + failed} of ${uploads.length} files, ${meter(sent, size)}`;
+  const count = (state) => uploads.filter((upload) => upload.state === state).length;
+  const sum = (key) => uploads.reduce((sum, upload) => sum + upload[key], 0);
+  const stored = count("stored"), failed = count("failed"), open = count("open");
+  const [, bar, note, button] = total.children;
+  bar.value = sum("sent") / sum("size") || 0;
+  note.textContent = `${stored + failed} of ${uploads.length} files, ${totalMeter(sum("sent"), sum("size"))}`;
   [button.name, button.textContent] = open ? ["cancelAll", "Cancel all"] : ["retryAll", "Retry all"];
   [button.hidden, total.hidden] = [!open && !failed, uploads.length < 2];
   say(`${stored} stored, ${failed} not, ${open} to go.`
     + (skipped ? ` ${skipped} skipped: their names, or their folders' names, begin with a dot.` : ""));
 }
-function progress(upload, sent) {
-  totals.sent += sent - upload.sent;
-  upload.sent = sent;
-  report();
-}
 function mark(upload, state, text) {
   const {row, note, button, name, size} = upload;
-  totals[upload.state]--;
-  totals[state]++;
   upload.state = row.className = state;
+  upload.sent = state === "open" ? 0 : size;
   note.textContent = text;
   [button.name, button.textContent] = state === "failed" ? ["retry", "Retry"] : ["cancel", "Cancel"];
   [button.ariaLabel, button.hidden] = [`${button.textContent} ${name}`, state === "stored"];
   if (state === "failed") upload.request?.abort();
-  progress(upload, state === "open" ? 0 : size);
+  report();
 }
 function addUpload(file, path) {
   const row = find("#line").content.firstElementChild.cloneNode(true);
@@ -2551,11 +2549,7 @@ function addUpload(file, path) {
   const lists = find("#uploads");  // of 100 lines each, for fast layout of 5,000 lines
   if (!(lists.lastElementChild?.childElementCount < 100)) lists.append(document.createElement("ul"));
   lists.lastElementChild.append(row);
-  totals.open++;
-  totals.size += file.size;
-  const upload = {file, row, bar, note, button, name, url, size: file.size, sent: 0, state: "open"};
-  uploads.push(upload);
-  return upload;
+  return {file, row, bar, note, button, name, url, size: file.size, sent: 0, state: "open"};
 }
 async function look(upload) {  // at what the upload would replace; returns whether there is something
   const {headers} = await fetch(upload.url, {method: "HEAD"}).catch(() => new Response());
@@ -2575,9 +2569,10 @@ async function send(upload) {  // leaves the state at open if a question must be
   request.setRequestHeader(...(etag ? ["If-Match", etag] : ["If-None-Match", "*"]));
   request.responseType = "json";
   request.upload.onprogress = ({loaded, total}) => {
+    upload.sent = loaded;
     bar.value = loaded / total;
     note.textContent = loaded < total ? meter(loaded, total) : "storing…";
-    progress(upload, loaded);
+    report();
   };
   request.send(file);
   await new Promise((resolve) => { request.onloadend = resolve; });
@@ -2634,14 +2629,15 @@ if (form) {
     dropped = [];
     files.value = tree.value = "";
     if (!chosen.length) return say("Choose files or a folder first.");
-    if (!totals?.open) {
+    if (!uploads.some(isOpen)) {
       uploads = uploads.filter(({state}) => state === "failed");  // they can be tried again
-      const failed = uploads.length, sent = uploads.reduce((sum, upload) => sum + upload.size, 0);
-      totals = {open: 0, stored: 0, failed, skipped: 0, sent, size: sent, meter: progressMeter(sent)};
+      [skipped, totalMeter] = [0, progressMeter(uploads.reduce((sum, upload) => sum + upload.size, 0))];
     }
-    totals.skipped += chosen.length - wanted.length;
-    pushAll(wanted.map(({file, path}) => addUpload(file, [...folder, ...path])));
+    skipped += chosen.length - wanted.length;
+    const added = wanted.map(({file, path}) => addUpload(file, [...folder, ...path]));
+    uploads.push(...added);
     report();
+    pushAll(added);
   };
   for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, async (event) => {
     const {items, types} = event.dataTransfer;
@@ -2655,7 +2651,7 @@ if (form) {
     dropped.push(...found);
     form.requestSubmit();
   });
-  addEventListener("beforeunload", (event) => { if (totals?.open) event.preventDefault(); });
+  addEventListener("beforeunload", (event) => { if (uploads.some(isOpen)) event.preventDefault(); });
 }
 if (search) {
   search.value = view.filter;
