@@ -76,6 +76,7 @@ import stat
 import struct
 import sys
 import tarfile
+import threading
 import time
 import tomllib
 import types
@@ -1740,6 +1741,7 @@ class Repository(Reader):
 
     def check_health(self) -> None:
         """Write, fsync, read and remove a staging file. OSError, Unavailable, OutOfSpace."""
+        self.files.open_folder().close()
         self.check_space(1024 * 1024)
         with self.stage() as upload:
             upload.write(b"health")
@@ -2013,6 +2015,7 @@ json_string = json.encoder.encode_basestring_ascii
 
 # == Access: who may do what, and which rules hold for a directory ================================
 
+HEALTH = "/healthz"
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
 ORIGIN = re.compile(f"https?://({HOST.pattern})", re.A)  # groups: authority, host
 CHALLENGES = ('Basic realm="artefacts", charset="UTF-8"', 'Bearer realm="artefacts"')
@@ -2202,6 +2205,8 @@ class Gate:
             resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
             resp.set_header("X-Content-Type-Options", "nosniff")
         config, directory = self.settings.config, params.get("directory")
+        if req.path == HEALTH:  # needs no token
+            return
         req.env["artefacts.who"] = client = config.identify(req.env.get("HTTP_AUTHORIZATION"))
         if client.may("read" if reading else "write", directory):
             return
@@ -3103,6 +3108,40 @@ class Root:
     on_head = on_get
 
 
+class Health(Resource):
+    """`/healthz`: whether the data directory can be read and written, checked at most once a second."""
+
+    def __init__(self, repository: Repository, settings: Settings) -> None:
+        super().__init__(repository, settings)
+        self.lock, self.checked = threading.Lock(), -math.inf
+        self.problem: str | None = None
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        require_body(req)
+        if not self.lock.acquire(timeout=1):
+            raise falcon.HTTPServiceUnavailable(description="The disk does not answer.", retry_after=5)
+        try:
+            if time.monotonic() >= self.checked + 1:
+                self.problem, self.checked = self.check(), time.monotonic()
+        finally:
+            self.lock.release()
+        if self.problem is not None:
+            raise falcon.HTTPServiceUnavailable(description=self.problem, retry_after=5)
+        render_json(resp, '{"status": "ok"}')
+
+    on_head = on_get
+
+    def check(self) -> str | None:
+        """Return what prevents reading and writing, if anything does."""
+        try:
+            self.repository.check_health()
+        except (ArtefactsError, OSError) as error:
+            log.error("the data directory cannot be used: %s", error)
+            detail = status_and_detail(error)[1]
+            return detail if detail != DETAILS[500] else "The disk fails. The server's log has the details."
+        return None
+
+
 class Directories(Resource):
     """`/artefacts/`"""
 
@@ -3645,6 +3684,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
     for kind in (Exception, falcon.HTTPError):  # Falcon has handlers of its own for both
         app.add_error_handler(kind, handle_error)
     app.add_route("/", Root())
+    app.add_route(HEALTH, Health(repository, settings))
     for base in ("/artefacts", "/artefact"):
         app.add_route(base, Directories(repository, settings))
         app.add_route(base + "/{directory}", Directory(repository, settings))
