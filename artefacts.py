@@ -115,6 +115,7 @@ MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays w
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
 KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: some 20 MB
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
+NAMES_AT_ONCE = 10_000  # of a folder: some 1 MB
 OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
 SCANS = 5  # times that a folder is read if it changes meanwhile
 VERSION_SCANS = 20  # times that the names of versions are read if commits change them meanwhile
@@ -520,32 +521,28 @@ class Files:
         A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
         show a name that is replaced after the folder was opened. The result is cached while the folder's
         own times show no change, unless a change within one tick of the clock could be hidden."""
-        found: list[str] = []
+        texts: list[str] = []  # the names, some thousands in each
         for scan in range(SCANS):
             now, status = time.time_ns(), os.fstat(folder)
             cached = self._listed.get(key := identity(status))
             if cached is not None:
                 return cached
             with os.scandir(folder) as entries:
-                names = [
+                names = (
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                     for entry in entries
-                ]
-            found = [*{*found, *names}] if scan else names
+                )
+                while text := "\0".join(itertools.islice(names, NAMES_AT_ONCE)):
+                    texts.append(text)
             settled = now > status.st_ctime_ns + TICK
             if identity(os.fstat(folder)) == key and (settled or scan):
                 break
-        if len(found) > KNOWN:
-            if prefix or after:
-                found = [
-                    name for name in found if (name > after or after.startswith(name))
-                    and (name.startswith(prefix) or prefix.startswith(name))
-                ]
-            return filter(LISTED.fullmatch, in_order(found))
-        names = sorted(filter(LISTED.fullmatch, found))
+        if sum(text.count("\0") + 1 for text in texts) > KNOWN:
+            return filter(LISTED.fullmatch, in_order(texts, prefix, after))
+        found = sorted(filter(LISTED.fullmatch, {*"\0".join(texts).split("\0")}))
         if not scan:
-            self._listed.keep(key, names, len(names) + 1)
-        return names
+            self._listed.keep(key, found, len(found) + 1)
+        return found
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
              unreadable: list[tuple[str, OSError]] | None = None) -> Iterator[tuple[str, int, str]]:
@@ -638,18 +635,21 @@ class Files:
         self.close_removed()
 
 
-def in_order(names: list[str]) -> Iterator[str]:
-    """Yield names, sorted: first 1 %, then 10 % at a time. To sort 1,000,000 at once takes twice as long as
-    to read them. Holds the names as one text, which needs 30 MB; as a list they need 90 MB."""
-    sample = sorted(names[:: len(names) // 1000 or 1])
-    bounds = [*sample[10::100], LAST_NAME]
-    first = "\0".join(sorted(name for name in names if name < bounds[0]))
-    text = "\0".join(names)
-    del names
-    yield from first.split("\0")
-    for low, high in itertools.pairwise(bounds):
-        every = (match[0] for match in re.finditer("[^\0]+", text))
-        yield from sorted(name for name in every if low <= name < high)
+def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
+    """Yield the names in the texts (NUL is between them) once each, sorted: 1 %, then 10 % at a time.
+
+    1,000,000 names need 30 MB as texts, 90 MB as a list, and to be sorted twice the time to read them."""
+
+    def names_between(low: str, high: str, step: int = 1) -> list[str]:
+        return sorted({
+            name for text in texts for name in text.split("\0")[::step]
+            if low <= name < high and (name > after or after.startswith(name))
+            and (name.startswith(prefix) or prefix.startswith(name))
+        })
+
+    sample = names_between("", LAST_NAME, step=1000)
+    for low, high in itertools.pairwise(["", *sample[10::100], LAST_NAME]):
+        yield from names_between(low, high)
 
 
 def open_writable(parent: int, name: str) -> Descriptor:
