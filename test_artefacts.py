@@ -3389,6 +3389,39 @@ def test_promote_needs_the_right_to_read_its_source(tmp_path: Path) -> None:
     assert details[0]["detail"].replace("'x'", "'none'") == details[1]["detail"]
 
 
+def test_health_is_checked_at_most_once_a_second(data: Path) -> None:
+    client = client_of(data, '[[token]]\nname = "ci"\nsha256 = "' + sha256(b"ci") + '"\nread = ["*"]')
+    for method in "GET", "HEAD":
+        result = call(client, f"{method} /healthz")
+        assert result.status_code == 200 and result.headers["Cache-Control"].endswith("no-cache")
+    assert call(client, "GET /healthz").json == {"status": "ok"}
+    assert call(client, "GET /artefacts/").status_code == 401
+    for folder in data.iterdir():
+        shutil.rmtree(folder)
+    data.rmdir()
+    assert call(client, "GET /healthz").status_code == 200  # the last answer
+    time.sleep(1.1)
+    result = call(client, "GET /healthz")
+    assert (result.status_code, result.headers["Retry-After"]) == (503, "5")
+    assert "data directory" in result.json["detail"] and str(data) not in result.text
+    data.mkdir()
+    time.sleep(1.1)
+    assert call(client, "GET /healthz").status_code == 200
+
+
+def test_health_of_a_data_directory_that_cannot_be_written(data: Path) -> None:
+    fill(data, "secret-name")
+    (data / ".incoming").mkdir()
+    (data / ".incoming").chmod(0o555)
+    logged = r"artefacts: (the data directory cannot be used|GET /healthz).*"
+    with Program(data, before=without_privileges(), logged=logged) as program:
+        answer = program.get("/healthz")
+        assert answer.is_problem(503) and answer.headers["Retry-After"] == "5"
+        assert b"permission" in answer.body
+        assert b"secret" not in answer.body and b"incoming" not in answer.body
+    (data / ".incoming").chmod(0o755)
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 
