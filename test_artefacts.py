@@ -3994,7 +3994,7 @@ PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part o
         "DELETE /app/none?versions", "GET /app/x.txt?version=none", "DELETE /app/x.txt?version=none",
         "POST /app/x.txt?restore=none",
     ]),
-    (404, "no artefact", {}, ["GET /app/f", "DELETE /app/f", "GET /app/x.txt/y", "GET /app/X.txt"]),
+    (404, "no artefact", {}, ["DELETE /app/f", "GET /app/x.txt/y", "GET /app/X.txt"]),
     (404, T3, {}, [f"{what}={T3}" for what in (
         "GET /app/x.txt?version", "DELETE /app/x.txt?version", "POST /app/x.txt?restore")]),
     (404, "?versions", {}, [
