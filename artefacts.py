@@ -2910,10 +2910,22 @@ def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]
 
 
 def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
-    """Render any error of a resource, of the gate or of Falcon. Log it if the server is at fault.
+    """Render any error of a resource, of the gate or of Falcon: a page for a person, else a problem document.
 
     This must not raise an HTTPError: Falcon would keep it in a reference cycle with its traceback, and the
     connection and what it received would stay in memory until the next garbage collection."""
+    code, detail = render_problem(req, resp, error)
+    if is_navigation(req):
+        base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
+        back = f"{base}{up}/" if re.match("/artefacts?(/|$)", up) else f"{base}/artefacts/"
+        view = PageView(base=base, may_sign_in=code == 401)
+        status = falcon.code_to_http_status(code)
+        render_page(resp, [error_page(view, status, f"<p>{escape(detail)}</p>", back)])
+
+
+def render_problem(req: falcon.Request, resp: falcon.Response, error: Exception) -> tuple[int, str]:
+    """Render any error as a problem document. Return its status code and detail. Log it if the server is at
+    fault."""
     if isinstance(error, OSError) and error.errno in NAME_ERRORS:
         log.error("%s %s: %s", req.method, req.path, error)
         error = InvalidName("The file system cannot store this name. Choose a shorter or simpler one.")
@@ -2924,11 +2936,7 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500] and error)
     resp.status, fields, resp.data = error_response(error)
     resp.set_headers(fields)
-    if is_navigation(req):
-        base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
-        back = f"{base}{up}/" if re.match("/artefacts?(/|$)", up) else f"{base}/artefacts/"
-        view = PageView(base=base, may_sign_in=code == 401)
-        render_page(resp, [error_page(view, resp.status, f"<p>{escape(detail)}</p>", back)])
+    return code, detail
 
 
 # == Resources ====================================================================================
@@ -3081,9 +3089,9 @@ class Resource:
                 raise HTTPBadRequest(description="The form has no file. Choose one (curl -F file=@f).")
             resp.status = falcon.HTTP_201
         except (ArtefactsError, falcon.HTTPError, OSError) as error:
-            handle_error(req, resp, error, None)
+            code, detail = render_problem(req, resp, error)
             problem = json.loads(resp.data or b"")
-            problem["refused"] = [{"id": target, "status": problem["status"], "detail": problem["detail"]}]
+            problem["refused"] = [{"id": target, "status": code, "detail": detail}]
             if stored:
                 problem["detail"] += f" Files before it that are stored: {len(stored)}."
         if format_of(req) != "html":

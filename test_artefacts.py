@@ -3070,6 +3070,17 @@ def test_encoded_part_is_told_to_use_put(empty_client: testing.TestClient, data:
     assert tree(data / "app") == {"first": b"content"}
 
 
+@pytest.mark.parametrize("field", ["Upgrade-Insecure-Requests: 1", "Sec-Fetch-Mode: navigate", "X: y"])
+def test_refused_form_of_a_browser_without_script(served: Program, field: str) -> None:
+    fields = MULTIPART, "Accept: text/html,*/*;q=0.8", field
+    ask(served, "PUT /artefacts/browser/taken")
+    ask(served, "DELETE /artefacts/browser/a")
+    answer = ask(served, "POST /artefacts/browser", *fields, body=form_of(("a", b"1"), ("taken", b"2")))
+    assert (answer.status, answer.headers["Content-Type"]) == (409, "text/html; charset=utf-8")
+    assert b"Not everything was stored" in answer.body and b"taken" in answer.body
+    assert ask(served, "POST /artefacts/browser", *fields, body=form_of((field[:3], b"1"))).status == 303
+
+
 # == Resources over HTTP: archives ================================================================
 
 
@@ -3994,7 +4005,7 @@ PROBLEMS: list[tuple[int, str, dict[str, str], list[str]]] = [  # status, part o
         "DELETE /app/none?versions", "GET /app/x.txt?version=none", "DELETE /app/x.txt?version=none",
         "POST /app/x.txt?restore=none",
     ]),
-    (404, "no artefact", {}, ["DELETE /app/f", "GET /app/x.txt/y", "GET /app/X.txt"]),
+    (404, "no artefact", {}, ["GET /app/g", "DELETE /app/f", "GET /app/x.txt/y", "GET /app/X.txt"]),
     (404, T3, {}, [f"{what}={T3}" for what in (
         "GET /app/x.txt?version", "DELETE /app/x.txt?version", "POST /app/x.txt?restore")]),
     (404, "?versions", {}, [
