@@ -3644,20 +3644,13 @@ def send_content(req: falcon.Request, resp: falcon.Response, content: Content, s
         resp.data = content.read(start, length)
     else:
         resp.content_length = length
-        file = content.detach()
-        file.seek(start)
-        # Only waitress and our own connection get the file itself. Some other servers ignore its position or
-        # Content-Length.
-        is_safe = "waitress.client_disconnected" in req.env
-        resp.stream = file if is_safe else pieces_of_file(file, length)
-
-
-def pieces_of_file(file: io.FileIO, length: int) -> Iterator[bytes]:
-    """Iterate over the next `length` bytes of a file, and close it."""
-    with file:
-        while length > 0 and (piece := file.read(min(PIECE, length))):
-            length -= len(piece)
-            yield piece
+        if "waitress.client_disconnected" in req.env:  # waitress, or our own connection
+            file = content.detach()
+            file.seek(start)
+            resp.stream = file
+        else:  # some other servers ignore a file's position or Content-Length
+            kept, end = Descriptor(content.file.release()), start + length
+            resp.stream = (os.pread(kept.fd, min(PIECE, end - at), at) for at in range(start, end, PIECE))
 
 
 # == The application ==============================================================================
