@@ -2176,13 +2176,12 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
     anonymous = Client() if found["token"] else EVERYONE  # if the file does not state it
-    for table in found["anonymous"]:
-        anonymous = Client(**table)
-    tokens = [
-        replace(token, read=[*token.read, *anonymous.read], write=[*token.write, *anonymous.write])
-        for token in (Client(**table) for table in found["token"])
-    ]
-    return Config(anonymous, tokens, found["directory"])
+    if found["anonymous"]:
+        anonymous = Client(**found["anonymous"][0])
+    for table in found["token"]:
+        table["read"] = [*table.get("read", ()), *anonymous.read]
+        table["write"] = [*table.get("write", ()), *anonymous.write]
+    return Config(anonymous, [Client(**table) for table in found["token"]], found["directory"])
 
 
 class Gate:
