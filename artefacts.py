@@ -1793,6 +1793,7 @@ CACHED_ROWS = 16_384  # rows of JSON listings
 MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
 SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
 NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", SAME_ORIGIN[0])
+PAGES_POLICY = "sandbox allow-scripts allow-popups allow-forms allow-modals allow-downloads"
 POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
     "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self'; font-src 'self'"
@@ -2124,6 +2125,7 @@ class Settings:
     max_size: int | None = None  # bytes of one artefact
     hosts: frozenset[str] = frozenset()  # public names of this server, in lower case
     loopback: bool = False  # whether it listens on loopback addresses only
+    pages_host: str = ""  # the second name, in lower case, under which pages have an origin of their own
 
     def rule(self, directory: str, key: str) -> Any:
         """Return the value of the first rule that matches the directory and states the key. If there is none,
@@ -2132,6 +2134,10 @@ class Settings:
             if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
                 return rule[key]
         return getattr(self, key, None)
+
+    def is_pages_host(self, req: falcon.Request) -> bool:
+        """Return whether a request came under the name that is for pages only."""
+        return self.pages_host != "" and req.host.lower() == self.pages_host
 
     def cache_control(self, directives: str) -> str:
         """Return a value of Cache-Control. With tokens it is `private` (RFC 9111 §5.2.2.7)."""
@@ -2200,6 +2206,10 @@ class Gate:
             self.check_origin(req.env)
         if not req.query_string.isascii():  # other servers pass it on
             raise HTTPBadRequest(description="All but ASCII must be percent-encoded in a query. Encode it.")
+        if self.settings.is_pages_host(req):
+            is_read = req.method in ("GET", "HEAD") and "directory" in params
+            if not is_read or not self.settings.rule(params["directory"], "pages"):
+                raise HTTPForbidden(description="This name is for pages only. Use the server's first name.")
         if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
             # An artefact's representation has fields of its own: `representation_fields`.
             resp.set_header(*SAME_ORIGIN)
@@ -2224,7 +2234,8 @@ class Gate:
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
         name, guarded = match[1].lower(), self.settings.loopback and not self.settings.config.token
-        if guarded and host is not None and not is_loopback(name) and name not in self.settings.hosts:
+        known = is_loopback(name) or name in self.settings.hosts or name == self.settings.pages_host
+        if guarded and host is not None and not known:
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
     def check_origin(self, environ: WSGIEnvironment) -> None:
@@ -3301,15 +3312,35 @@ class ArtefactResource(Listing):
     on_head = on_get
 
     def _show_folder(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        """List the artefacts below a folder. Redirect to its URL with a slash: links are relative to it."""
-        resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
-        resp.set_header("X-Content-Type-Options", "nosniff")
+        """List the artefacts below a folder, or show its index.html in a directory with pages. Redirect to
+        the URL with a slash, which links are relative to."""
+        caching = self.settings.cache_control("no-cache")
+        resp.set_headers([SAME_ORIGIN, ("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")])
         if not req.env["PATH_INFO"].endswith("/"):
             query = f"?{req.query_string}" if req.query_string else ""
             raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
+        index = f"{id}/index.html"
+        if self.settings.rule(directory, "pages") and not req.has_param("format"):
+            with contextlib.suppress(NotFound), self.repository.fetch(directory, index) as content:
+                self._respond(req, resp, content, "no-cache, no-transform")
+                return
         if req.has_param("newest"):
             self.newest(req, directory, f"{id}/")
         self.list_artefacts(req, resp, directory, f"{id}/")
+
+    def _page_fields(self, req: falcon.Request, artefact: Artefact,
+                     fields: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """Return the fields of an artefact whose scripts may run: without an origin (sandbox), or under the
+        second host name. Redirect a browser there that opens HTML under the first name."""
+        host, changed = self.settings.pages_host, {SAME_ORIGIN[0]: "cross-origin"}
+        is_second = self.settings.is_pages_host(req)
+        if host and not is_second and is_navigation(req) and artefact.type.startswith("text/html"):
+            port = "" if req.port in (80, 443) else f":{req.port}"
+            query = f"?{req.query_string}" if req.query_string else ""
+            path = base_of(req) + quote(req.env["PATH_INFO"].encode("latin-1"))
+            raise falcon.HTTPTemporaryRedirect(f"{req.scheme}://{host}{port}{path}{query}")
+        changed["Content-Security-Policy"] = "" if is_second else PAGES_POLICY
+        return tuple((name, value) for name, value in (dict(fields) | changed).items() if value)
 
     def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         require_body(req)
@@ -3335,6 +3366,8 @@ class ArtefactResource(Listing):
             part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
                               f'"{artefact.sha256}"', modified if is_strong else None)
         fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
+        if self.settings.rule(artefact.directory, "pages"):
+            fields = self._page_fields(req, artefact, fields)
         if not is_modified:
             resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
@@ -4321,6 +4354,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--open", action="store_true", help="without tokens, serve the network all the same")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="without tokens, a name besides the loopback's that this server is asked by")
+    add("--pages-host", default="", metavar="NAME", help="a second host name of this server, for pages only")
     add("--new-token", metavar="NAME", help="print a new token and its lines for --config, and exit")
     add("--verify", action="store_true", help="read everything, tell what is damaged, and exit")
     add("--quiet", action="store_true", help="no line for each request")
@@ -4350,8 +4384,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
             f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
             "(--new-token, --config), listen on 127.0.0.1, or say --open"
         )
-    hosts = frozenset(name.lower() for name in options.allow_host)
-    return Settings(config, options.keep_versions, options.max_size, hosts, is_loopback(options.host))
+    pages_host, loopback = options.pages_host.lower(), is_loopback(options.host)
+    hosts = frozenset(name.lower() for name in options.allow_host) - {pages_host}
+    return Settings(config, options.keep_versions, options.max_size, hosts, loopback, pages_host)
 
 
 def verify(repository: Reader) -> int:
