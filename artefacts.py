@@ -1241,6 +1241,13 @@ class Reader:
                 and entry.is_dir(follow_symlinks=False)
             )
 
+    def changed(self, directory: str) -> str:
+        """Return when the names in a directory last changed (RFC 3339); "" if it was removed meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(f"{self.root}/{check_directory(directory)}")
+            return Artefact(directory, "", 0, time_of(status), "", None).modified
+        return ""
+
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
                   matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
@@ -2949,8 +2956,7 @@ MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
 MAX_PATTERN = 255  # characters
 MAX_ZIP32 = 256 * 1024 * 1024  # bytes of a file that certainly needs no ZIP64, with its frames
 ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, too
-ZIP_EPOCH = datetime.datetime(1980, 1, 1, tzinfo=datetime.UTC)
-ZIP_END = datetime.datetime(2107, 12, 31, 23, 59, 58, tzinfo=datetime.UTC)
+MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epoch: the years 1980 to 2107
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
 SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
 SOON = 0.25  # seconds: in between it depends on whether it is complete by then
@@ -3162,7 +3168,7 @@ class Directories(Resource):
         if format_of(req) == "html":
             erasable = (client.may("write", name) and not self.settings.rule(name, "write_once")
                         for name in names)
-            times = itertools.repeat("", len(names))
+            times = map(self.repository.changed, names)
             view = self.page_view(req)
             render_page(resp, directories_page(view, zip(names, times, erasable, strict=True)))
         else:
@@ -3179,11 +3185,16 @@ class Listing(Resource):
                        folder: str = "") -> None:
         """Render the artefacts below a folder ("", or with a slash at its end) that the query selects."""
         require_body(req)
-        format, unreadable = format_of(req), cast("list[str]", [])
-        if req.has_param("deleted") and format not in ("json", "html"):
+        unreadable: list[str] = []
+        format, deleted, name = format_of(req), req.has_param("deleted"), folder[:-1].rpartition("/")[2]
+        if deleted and format not in ("json", "html"):
             raise HTTPBadRequest(description="Deleted artefacts are listed as 'json' or 'html' only.")
+        if req.has_param("newest"):
+            newest = max(self._found(req, directory, folder), key=lambda found: found.time, default=None)
+            if newest is None:
+                raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
+            raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
         rows, following = self._select(req, directory, folder, unreadable)
-        name = folder[:-1].rpartition("/")[2] or directory
         resp.set_header("Vary", "Accept")
         if following is not None:
             resp.set_header("Link", f'<{following}>; rel="next"')
@@ -3195,7 +3206,7 @@ class Listing(Resource):
                 raise falcon.HTTPInternalServerError(description=detail)
             rows, _ = self._select(req, directory, folder, unreadable)
             resp.content_type = ARCHIVES[format]
-            resp.set_header("Content-Disposition", content_disposition(f"{name}.{format}"))
+            resp.set_header("Content-Disposition", content_disposition(f"{name or directory}.{format}"))
             archive = tar_archive if format == "tar" else zip_archive
             resp.stream = archive(self.repository, rows, folder) if req.method == "GET" else iter(())
         elif format == "sha256sums":
@@ -3203,30 +3214,23 @@ class Listing(Resource):
             sums = (f"{artefact.sha256}  {artefact.id.removeprefix(folder)}\n" for artefact in rows)
             send_texts(req, resp, sums)
         elif format == "html":
-            here = "" if req.env["PATH_INFO"].endswith("/") else quote(name, safe="") + "/"
+            here = "" if req.env["PATH_INFO"].endswith("/") else quote(directory, safe="") + "/"
             view = replace(self.page_view(req, directory), link_base=here, next_url=following, folder=folder,
-                           deleted=req.has_param("deleted"))
+                           deleted=deleted)
             render_page(resp, ())  # its header fields
             send_texts(req, resp, directory_page(view, rows))
         else:
             resp.content_type = falcon.MEDIA_JSON
-            row = deleted_json if req.has_param("deleted") else row_json
-            rows_json = map(row, rows, itertools.repeat(base_of(req)))
+            base = base_of(req)  # the href of a deleted artefact is that of its newest version
+            rows_json = map(row_json, rows, itertools.repeat(base)) if not deleted else (
+                artefact_json(artefact, base, artefact.version) for artefact in rows)
             send_texts(req, resp, json_listing(directory, rows_json, following, unreadable))
-
-    def newest(self, req: falcon.Request, directory: str, folder: str = "") -> NoReturn:
-        """Redirect to the newest of the artefacts that the query selects. Raise NotFound if there is none."""
-        require_body(req)
-        newest = max(self._found(req, directory, folder), key=stored_at, default=None)
-        if newest is None:
-            raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
-        raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
 
     def _select(self, req: falcon.Request, directory: str, folder: str,
                 unreadable: list[str]) -> tuple[Iterator[Artefact], str | None]:
         """Return the artefacts that the query selects, and the path of the rest if `limit` cuts them."""
         names = ("format", "prefix", "match", "deleted", "limit")
-        query = {name: req.get_param(name) or "" for name in names if req.has_param(name)}
+        query = {name: value for name in names if (value := req.get_param(name)) is not None}
         if not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", query.get("limit", "1")):
             raise HTTPBadRequest(description="'limit' is a whole number from 1. Correct it.")
         limit = int(query["limit"]) if "limit" in query else None
@@ -3236,7 +3240,8 @@ class Listing(Resource):
         if req.has_param("sort"):
             if req.get_param("sort") != "newest":
                 raise HTTPBadRequest(description="The only order is 'sort=newest'. Correct it.")
-            return iter(heapq.nlargest(min(limit or PAGE_ROWS, PAGE_ROWS), found, key=stored_at)), None
+            most = min(limit or PAGE_ROWS, PAGE_ROWS)
+            return iter(heapq.nlargest(most, found, key=lambda artefact: artefact.time)), None
         if limit is None:
             return found, None
         with contextlib.closing(found):
@@ -3267,12 +3272,7 @@ class Listing(Resource):
 class Directory(Listing):
     """`/artefacts/<directory>`"""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
-        if req.has_param("newest"):
-            self.newest(req, directory)
-        self.list_artefacts(req, resp, directory)
-
-    on_head = on_get
+    on_get = on_head = Listing.list_artefacts
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
         self.push_form(req, resp, directory)
@@ -3324,8 +3324,6 @@ class ArtefactResource(Listing):
             with contextlib.suppress(NotFound), self.repository.fetch(directory, index) as content:
                 self._respond(req, resp, content, "no-cache, no-transform")
                 return
-        if req.has_param("newest"):
-            self.newest(req, directory, f"{id}/")
         self.list_artefacts(req, resp, directory, f"{id}/")
 
     def _page_fields(self, req: falcon.Request, artefact: Artefact,
@@ -3493,10 +3491,6 @@ def shell_pattern(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-def stored_at(artefact: Artefact) -> int:
-    return artefact.time
-
-
 def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | None:
     """Return 304 if the client's copy is current, None if the request is to be performed. Raise
     PreconditionFailed. current: None if there is no artefact."""
@@ -3599,10 +3593,6 @@ def json_listing(directory: str, rows: Iterable[str], following: str | None,
     yield f', "unreadable": {json.dumps(unreadable)}}}\n' if unreadable else "}\n"
 
 
-def deleted_json(artefact: Artefact, base: str) -> str:
-    return artefact_json(artefact, base, artefact.version)
-
-
 def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
     """Iterate over the pieces of a POSIX archive (pax) of the artefacts and their times, with names relative
     to the folder. An artefact that was replaced since it was listed is sent as it is now. One that was
@@ -3617,25 +3607,19 @@ def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-class Sink:
+class Sink(io.RawIOBase):
     """The file that a zip archive is written to. It cannot seek: what was written is taken and sent."""
 
     def __init__(self) -> None:
-        self._written = bytearray()
+        self.written: list[bytes] = []
 
-    def write(self, data: bytes) -> int:
-        self._written += data
+    def write(self, data: Any) -> int:
+        self.written.append(bytes(data))
         return len(data)
 
     def take(self) -> bytes:
-        taken = bytes(self._written)
-        self._written.clear()
-        return taken
-
-    def flush(self) -> None:
-        pass
-
-    close = flush
+        taken, self.written = self.written, []
+        return b"".join(taken)
 
 
 def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
@@ -3646,8 +3630,8 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
         for artefact in artefacts:
             with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
                 size, seconds = content.artefact.size, content.artefact.time // 1_000_000
-                at = min(max(EPOCH + datetime.timedelta(seconds=seconds), ZIP_EPOCH), ZIP_END)
-                info = zipfile.ZipInfo(artefact.id.removeprefix(folder), at.timetuple()[:6])
+                at = time.gmtime(min(max(seconds, MIN_ZIP_TIME), MAX_ZIP_TIME))
+                info = zipfile.ZipInfo(artefact.id.removeprefix(folder), at[:6])
                 info.compress_type = zipfile.ZIP_DEFLATED
                 setattr(info, ZIP_LEVEL, 0)
                 info.external_attr = (stat.S_IFREG | 0o644) << 16
