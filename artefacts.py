@@ -1241,6 +1241,13 @@ class Reader:
                 and entry.is_dir(follow_symlinks=False)
             )
 
+    def changed(self, directory: str) -> str:
+        """Return when the names in a directory last changed (RFC 3339); "" if it was removed meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(f"{self.root}/{check_directory(directory)}")
+            return Artefact(directory, "", 0, time_of(status), "", None).modified
+        return ""
+
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
                   matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
@@ -1793,6 +1800,7 @@ CACHED_ROWS = 16_384  # rows of JSON listings
 MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
 SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
 NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", SAME_ORIGIN[0])
+PAGES_POLICY = "sandbox allow-scripts allow-popups allow-forms allow-modals allow-downloads"
 POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
     "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self'; font-src 'self'"
@@ -2124,6 +2132,7 @@ class Settings:
     max_size: int | None = None  # bytes of one artefact
     hosts: frozenset[str] = frozenset()  # public names of this server, in lower case
     loopback: bool = False  # whether it listens on loopback addresses only
+    pages_host: str = ""  # the second name, in lower case, under which pages have an origin of their own
 
     def rule(self, directory: str, key: str) -> Any:
         """Return the value of the first rule that matches the directory and states the key. If there is none,
@@ -2132,6 +2141,10 @@ class Settings:
             if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
                 return rule[key]
         return getattr(self, key, None)
+
+    def is_pages_host(self, req: falcon.Request) -> bool:
+        """Return whether a request came under the name that is for pages only."""
+        return self.pages_host != "" and req.host.lower() == self.pages_host
 
     def cache_control(self, directives: str) -> str:
         """Return a value of Cache-Control. With tokens it is `private` (RFC 9111 §5.2.2.7)."""
@@ -2199,6 +2212,10 @@ class Gate:
             self.check_origin(req.env)
         if not req.query_string.isascii():  # other servers pass it on
             raise HTTPBadRequest(description="All but ASCII must be percent-encoded in a query. Encode it.")
+        if self.settings.is_pages_host(req):
+            is_read = req.method in ("GET", "HEAD") and "directory" in params
+            if not is_read or not self.settings.rule(params["directory"], "pages"):
+                raise HTTPForbidden(description="This name is for pages only. Use the server's first name.")
         if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
             # An artefact's representation has fields of its own: `representation_fields`.
             resp.set_header(*SAME_ORIGIN)
@@ -2223,7 +2240,8 @@ class Gate:
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
         name, guarded = match[1].lower(), self.settings.loopback and not self.settings.config.token
-        if guarded and host is not None and not is_loopback(name) and name not in self.settings.hosts:
+        known = is_loopback(name) or name in self.settings.hosts or name == self.settings.pages_host
+        if guarded and host is not None and not known:
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
     def check_origin(self, environ: WSGIEnvironment) -> None:
@@ -2945,8 +2963,7 @@ MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
 MAX_PATTERN = 255  # characters
 MAX_ZIP32 = 256 * 1024 * 1024  # bytes of a file that certainly needs no ZIP64, with its frames
 ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, too
-ZIP_EPOCH = datetime.datetime(1980, 1, 1, tzinfo=datetime.UTC)
-ZIP_END = datetime.datetime(2107, 12, 31, 23, 59, 58, tzinfo=datetime.UTC)
+MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epoch: the years 1980 to 2107
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
 SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
 SOON = 0.25  # seconds: in between it depends on whether it is complete by then
@@ -3158,7 +3175,7 @@ class Directories(Resource):
         if format_of(req) == "html":
             erasable = (client.may("write", name) and not self.settings.rule(name, "write_once")
                         for name in names)
-            times = itertools.repeat("", len(names))
+            times = map(self.repository.changed, names)
             view = self.page_view(req)
             render_page(resp, directories_page(view, zip(names, times, erasable, strict=True)))
         else:
@@ -3175,11 +3192,16 @@ class Listing(Resource):
                        folder: str = "") -> None:
         """Render the artefacts below a folder ("", or with a slash at its end) that the query selects."""
         require_body(req)
-        format, unreadable = format_of(req), cast("list[str]", [])
-        if req.has_param("deleted") and format not in ("json", "html"):
+        unreadable: list[str] = []
+        format, deleted, name = format_of(req), req.has_param("deleted"), folder[:-1].rpartition("/")[2]
+        if deleted and format not in ("json", "html"):
             raise HTTPBadRequest(description="Deleted artefacts are listed as 'json' or 'html' only.")
+        if req.has_param("newest"):
+            newest = max(self._found(req, directory, folder), key=lambda found: found.time, default=None)
+            if newest is None:
+                raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
+            raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
         rows, following = self._select(req, directory, folder, unreadable)
-        name = folder[:-1].rpartition("/")[2] or directory
         resp.set_header("Vary", "Accept")
         if following is not None:
             resp.set_header("Link", f'<{following}>; rel="next"')
@@ -3191,7 +3213,7 @@ class Listing(Resource):
                 raise falcon.HTTPInternalServerError(description=detail)
             rows, _ = self._select(req, directory, folder, unreadable)
             resp.content_type = ARCHIVES[format]
-            resp.set_header("Content-Disposition", content_disposition(f"{name}.{format}"))
+            resp.set_header("Content-Disposition", content_disposition(f"{name or directory}.{format}"))
             archive = tar_archive if format == "tar" else zip_archive
             resp.stream = archive(self.repository, rows, folder) if req.method == "GET" else iter(())
         elif format == "sha256sums":
@@ -3199,30 +3221,23 @@ class Listing(Resource):
             sums = (f"{artefact.sha256}  {artefact.id.removeprefix(folder)}\n" for artefact in rows)
             send_texts(req, resp, sums)
         elif format == "html":
-            here = "" if req.env["PATH_INFO"].endswith("/") else quote(name, safe="") + "/"
+            here = "" if req.env["PATH_INFO"].endswith("/") else quote(directory, safe="") + "/"
             view = replace(self.page_view(req, directory), link_base=here, next_url=following, folder=folder,
-                           deleted=req.has_param("deleted"))
+                           deleted=deleted)
             render_page(resp, ())  # its header fields
             send_texts(req, resp, directory_page(view, rows))
         else:
             resp.content_type = falcon.MEDIA_JSON
-            row = deleted_json if req.has_param("deleted") else row_json
-            rows_json = map(row, rows, itertools.repeat(base_of(req)))
+            base = base_of(req)  # the href of a deleted artefact is that of its newest version
+            rows_json = map(row_json, rows, itertools.repeat(base)) if not deleted else (
+                artefact_json(artefact, base, artefact.version) for artefact in rows)
             send_texts(req, resp, json_listing(directory, rows_json, following, unreadable))
-
-    def newest(self, req: falcon.Request, directory: str, folder: str = "") -> NoReturn:
-        """Redirect to the newest of the artefacts that the query selects. Raise NotFound if there is none."""
-        require_body(req)
-        newest = max(self._found(req, directory, folder), key=stored_at, default=None)
-        if newest is None:
-            raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
-        raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
 
     def _select(self, req: falcon.Request, directory: str, folder: str,
                 unreadable: list[str]) -> tuple[Iterator[Artefact], str | None]:
         """Return the artefacts that the query selects, and the path of the rest if `limit` cuts them."""
         names = ("format", "prefix", "match", "deleted", "limit")
-        query = {name: req.get_param(name) or "" for name in names if req.has_param(name)}
+        query = {name: value for name in names if (value := req.get_param(name)) is not None}
         if not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", query.get("limit", "1")):
             raise HTTPBadRequest(description="'limit' is a whole number from 1. Correct it.")
         limit = int(query["limit"]) if "limit" in query else None
@@ -3232,7 +3247,8 @@ class Listing(Resource):
         if req.has_param("sort"):
             if req.get_param("sort") != "newest":
                 raise HTTPBadRequest(description="The only order is 'sort=newest'. Correct it.")
-            return iter(heapq.nlargest(min(limit or PAGE_ROWS, PAGE_ROWS), found, key=stored_at)), None
+            most = min(limit or PAGE_ROWS, PAGE_ROWS)
+            return iter(heapq.nlargest(most, found, key=lambda artefact: artefact.time)), None
         if limit is None:
             return found, None
         with contextlib.closing(found):
@@ -3263,12 +3279,7 @@ class Listing(Resource):
 class Directory(Listing):
     """`/artefacts/<directory>`"""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
-        if req.has_param("newest"):
-            self.newest(req, directory)
-        self.list_artefacts(req, resp, directory)
-
-    on_head = on_get
+    on_get = on_head = Listing.list_artefacts
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
         self.push_form(req, resp, directory)
@@ -3308,15 +3319,33 @@ class ArtefactResource(Listing):
     on_head = on_get
 
     def _show_folder(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        """List the artefacts below a folder. Redirect to its URL with a slash: links are relative to it."""
-        resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
-        resp.set_header("X-Content-Type-Options", "nosniff")
+        """List the artefacts below a folder, or show its index.html in a directory with pages. Redirect to
+        the URL with a slash, which links are relative to."""
+        caching = self.settings.cache_control("no-cache")
+        resp.set_headers([SAME_ORIGIN, ("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")])
         if not req.env["PATH_INFO"].endswith("/"):
             query = f"?{req.query_string}" if req.query_string else ""
             raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
-        if req.has_param("newest"):
-            self.newest(req, directory, f"{id}/")
+        index = f"{id}/index.html"
+        if self.settings.rule(directory, "pages") and not req.has_param("format"):
+            with contextlib.suppress(NotFound), self.repository.fetch(directory, index) as content:
+                self._respond(req, resp, content, "no-cache, no-transform")
+                return
         self.list_artefacts(req, resp, directory, f"{id}/")
+
+    def _page_fields(self, req: falcon.Request, artefact: Artefact,
+                     fields: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """Return the fields of an artefact whose scripts may run: without an origin (sandbox), or under the
+        second host name. Redirect a browser there that opens HTML under the first name."""
+        host, changed = self.settings.pages_host, {SAME_ORIGIN[0]: "cross-origin"}
+        is_second = self.settings.is_pages_host(req)
+        if host and not is_second and is_navigation(req) and artefact.type.startswith("text/html"):
+            port = "" if req.port in (80, 443) else f":{req.port}"
+            query = f"?{req.query_string}" if req.query_string else ""
+            path = base_of(req) + quote(req.env["PATH_INFO"].encode("latin-1"))
+            raise falcon.HTTPTemporaryRedirect(f"{req.scheme}://{host}{port}{path}{query}")
+        changed["Content-Security-Policy"] = "" if is_second else PAGES_POLICY
+        return tuple((name, value) for name, value in (dict(fields) | changed).items() if value)
 
     def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
         require_body(req)
@@ -3342,6 +3371,8 @@ class ArtefactResource(Listing):
             part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
                               f'"{artefact.sha256}"', modified if is_strong else None)
         fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
+        if self.settings.rule(artefact.directory, "pages"):
+            fields = self._page_fields(req, artefact, fields)
         if not is_modified:
             resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
@@ -3467,10 +3498,6 @@ def shell_pattern(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-def stored_at(artefact: Artefact) -> int:
-    return artefact.time
-
-
 def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | None:
     """Return 304 if the client's copy is current, None if the request is to be performed. Raise
     PreconditionFailed. current: None if there is no artefact."""
@@ -3573,10 +3600,6 @@ def json_listing(directory: str, rows: Iterable[str], following: str | None,
     yield f', "unreadable": {json.dumps(unreadable)}}}\n' if unreadable else "}\n"
 
 
-def deleted_json(artefact: Artefact, base: str) -> str:
-    return artefact_json(artefact, base, artefact.version)
-
-
 def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
     """Iterate over the pieces of a POSIX archive (pax) of the artefacts and their times, with names relative
     to the folder. An artefact that was replaced since it was listed is sent as it is now. One that was
@@ -3591,25 +3614,19 @@ def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-class Sink:
+class Sink(io.RawIOBase):
     """The file that a zip archive is written to. It cannot seek: what was written is taken and sent."""
 
     def __init__(self) -> None:
-        self._written = bytearray()
+        self.written: list[bytes] = []
 
-    def write(self, data: bytes) -> int:
-        self._written += data
+    def write(self, data: Any) -> int:
+        self.written.append(bytes(data))
         return len(data)
 
     def take(self) -> bytes:
-        taken = bytes(self._written)
-        self._written.clear()
-        return taken
-
-    def flush(self) -> None:
-        pass
-
-    close = flush
+        taken, self.written = self.written, []
+        return b"".join(taken)
 
 
 def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
@@ -3620,8 +3637,8 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
         for artefact in artefacts:
             with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
                 size, seconds = content.artefact.size, content.artefact.time // 1_000_000
-                at = min(max(EPOCH + datetime.timedelta(seconds=seconds), ZIP_EPOCH), ZIP_END)
-                info = zipfile.ZipInfo(artefact.id.removeprefix(folder), at.timetuple()[:6])
+                at = time.gmtime(min(max(seconds, MIN_ZIP_TIME), MAX_ZIP_TIME))
+                info = zipfile.ZipInfo(artefact.id.removeprefix(folder), at[:6])
                 info.compress_type = zipfile.ZIP_DEFLATED
                 setattr(info, ZIP_LEVEL, 0)
                 info.external_attr = (stat.S_IFREG | 0o644) << 16
@@ -4321,6 +4338,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--open", action="store_true", help="without tokens, serve the network all the same")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="without tokens, a name besides the loopback's that this server is asked by")
+    add("--pages-host", default="", metavar="NAME", help="a second host name of this server, for pages only")
     add("--new-token", metavar="NAME", help="print a new token and its lines for --config, and exit")
     add("--verify", action="store_true", help="read everything, tell what is damaged, and exit")
     add("--quiet", action="store_true", help="no line for each request")
@@ -4350,8 +4368,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
             f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
             "(--new-token, --config), listen on 127.0.0.1, or say --open"
         )
-    hosts = frozenset(name.lower() for name in options.allow_host)
-    return Settings(config, options.keep_versions, options.max_size, hosts, is_loopback(options.host))
+    pages_host, loopback = options.pages_host.lower(), is_loopback(options.host)
+    hosts = frozenset(name.lower() for name in options.allow_host) - {pages_host}
+    return Settings(config, options.keep_versions, options.max_size, hosts, loopback, pages_host)
 
 
 def verify(repository: Reader) -> int:

@@ -3433,6 +3433,89 @@ def test_health_of_a_data_directory_that_cannot_be_written(data: Path) -> None:
     (data / ".incoming").chmod(0o755)
 
 
+PAGES = """
+[[directory]]
+name = "site*"
+pages = true
+"""
+NAVIGATION = "Upgrade-Insecure-Requests: 1", "Accept: text/html"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Return a program with directories whose scripts may run, also under a second name."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "config").write_text(PAGES)
+    for id in "site/coverage/index.html", "site/coverage/a b.js", "site/plain/x", "other/index.html":
+        add_file(folder / "data" / id, b"text")
+    options = "--config", str(folder / "config"), "--pages-host", "Pages.localhost"
+    with Program(folder / "data", *options) as program:
+        yield program
+
+
+def ask_under(host: str, pages: Program, request: bytes) -> Answer:
+    """Send a request under another name of the program, and return the response."""
+    return pages.ask(request.replace(b"Host: localhost", f"Host: {host}:{pages.port}".encode()))
+
+
+def test_scripts_run_only_in_directories_with_pages(pages: Program) -> None:
+    def policies(path: str, *fields: str, host: str = "localhost") -> tuple[str | None, str | None]:
+        answer = ask_under(host, pages, head("GET", path, *fields))
+        assert answer.status in (200, 304) and answer.headers["X-Content-Type-Options"] in ("nosniff", None)
+        return answer.headers["Content-Security-Policy"], answer.headers["Cross-Origin-Resource-Policy"]
+
+    scripts = "sandbox allow-scripts allow-popups allow-forms allow-modals allow-downloads"
+    page = "/artefacts/site/coverage/index.html"
+    assert policies(page) == (scripts, "cross-origin")
+    assert policies(page, f'If-None-Match: "{sha256(b"text")}"')[1] == "cross-origin"
+    assert policies(f"{page}?at=2999-01-01") == (scripts, "cross-origin")
+    assert policies("/artefacts/site/coverage/") == (scripts, "cross-origin")
+    assert policies(page, host="pages.localhost") == (None, "cross-origin")
+    assert policies("/artefacts/other/index.html") == (a.POLICY, "same-origin")
+    assert policies("/artefacts/site/plain/")[1] == "same-origin"  # a listing
+    listing = json.loads(pages.get("/artefacts/site/coverage/?format=json").body)
+    assert ids(listing) == ["coverage/a b.js", "coverage/index.html"]
+
+
+def test_index_of_a_folder_is_shown_at_its_url_with_a_slash(pages: Program) -> None:
+    answer = pages.get("/artefacts/site/coverage?x=1")
+    assert (answer.status, answer.headers["Location"]) == (308, "/artefacts/site/coverage/?x=1")
+    answer = pages.get("/artefacts/site/coverage/")
+    assert (answer.status, answer.body) == (200, b"text")
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert ids(json.loads(pages.get("/artefacts/site/plain/").body)) == ["plain/x"]
+
+
+def test_browser_is_redirected_to_the_name_for_pages(pages: Program) -> None:
+    for path in "/artefacts/site/coverage/", "/artefacts/site/coverage/index.html?x=%C3%A9&y":
+        request = head("GET", path, *NAVIGATION)
+        answer = ask_under("localhost", pages, request)
+        location = f"http://pages.localhost:{pages.port}{path}"
+        assert (answer.status, answer.headers["Location"]) == (307, location)
+        assert ask_under("pages.localhost", pages, request).status == 200
+    assert pages.get("/artefacts/site/coverage/a%20b.js", *NAVIGATION).status == 200
+    assert pages.get("/artefacts/other/index.html", *NAVIGATION).status == 200
+
+
+def test_name_for_pages_serves_nothing_else(pages: Program) -> None:
+    page = "/artefacts/site/coverage/index.html"
+    for method in "GET", "HEAD":
+        for path in page, "/artefacts/site", "/artefacts/site/plain/":
+            assert ask_under("PAGES.localhost", pages, head(method, path)).status == 200
+    refused = (
+        "GET /", "GET /artefacts/", "GET /artefacts/other", "GET /artefacts/other/index.html", "GET /healthz",
+        f"DELETE {page}", f"POST {page}", f"OPTIONS {page}", "POST /artefacts/site", "DELETE /artefacts/site",
+    )  # fmt: skip
+    for line in refused:
+        method, _, path = line.partition(" ")
+        assert ask_under("pages.localhost", pages, head(method, path)).is_problem(403), line
+    assert ask_under("pages.localhost", pages, put(page, b"new")).is_problem(403)
+    origin = f"Origin: http://pages.localhost:{pages.port}"
+    for fields in (origin,), ("Sec-Fetch-Site: same-site", origin), ("Origin: null",):
+        assert pages.ask(put(page, b"new", *fields)).is_problem(403)
+    assert pages.get(page).body == b"text"
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 

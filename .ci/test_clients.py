@@ -118,7 +118,8 @@ def run(tmp_path: Path) -> Run:
 
 def test_clients_are_installed() -> None:
     """Fail, instead of skipping tests, if a client is missing."""
-    wanted = ("curl", "wget", "aria2c", "rclone", "ccache", "gcc", "mvn", "dpkg-deb", "apt-get")
+    wanted = ("curl", "wget", "aria2c", "rclone", "ccache", "gcc", "mvn", "dpkg-deb", "apt-get",
+              "busybox", "bsdtar", "7z", "unzip")
     assert [name for name in wanted if shutil.which(name) is None] == []
 
 
@@ -355,6 +356,39 @@ def test_maven_deploys_and_resolves(program: Program, run: Run, tmp_path: Path) 
     assert len(stored) == 2
     assert all((program.data / "maven" / id).read_text() == project.format(base) for id in stored)
     program.wait_for("maven", *(f"PUT 201 {id}" for id in stored), f"GET 200 {stored[1]}")
+
+
+# -- archives --
+
+ARCHIVED = {
+    "plain.txt": b"plain", "empty": b"", "block": b"x" * 512, "1.0/space and 'quote'.txt": b"1",
+    "-dash": b"2", "ünïcode ☃ 🎈/日本語.bin": b"\0\xff", "long/" * 30 + "n" * 120: b"3", "ü" * 120: b"4",
+    "large": bytes(3_000_000),
+}  # fmt: skip
+READ_TAR = [
+    "tar --extract --file=../archive", "busybox tar x -f ../archive", "bsdtar -x -f ../archive",
+    f"{sys.executable} -m tarfile -e ../archive", "7z x -ttar ../archive",
+]
+READ_ZIP = [
+    "unzip -q ../archive", "busybox unzip -q ../archive", "bsdtar -x -f ../archive",
+    f"{sys.executable} -m zipfile -e ../archive .", "7z x -tzip ../archive",
+    "cat ../archive | bsdtar -x -f -",
+]
+
+
+@pytest.mark.parametrize(("format", "command"), [
+    *(("tar", command) for command in READ_TAR), *(("zip", command) for command in READ_ZIP),
+])  # fmt: skip
+def test_archives_are_read(program: Program, run: Run, tmp_path: Path, format: str, command: str) -> None:
+    for id, content in ARCHIVED.items():
+        program.add_file(f"archived/top/{id}", content)
+    run(f"curl -f -o archive {program.url}archived/top/?format={format}")
+    (tmp_path / "out").mkdir()
+    run(f"sh -c {shlex.quote(f'cd out && {command}')}")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path / "out")): path.read_bytes() for path in files} == ARCHIVED
+    if "zipfile" not in command and "busybox unzip" not in command:  # these ignore times
+        assert all(abs(path.stat().st_mtime - YESTERDAY) < 2 for path in files)
 
 
 # -- Debian --
