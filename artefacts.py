@@ -51,6 +51,7 @@ import argparse
 import base64
 import codecs
 import contextlib
+import copy
 import datetime
 import errno
 import fcntl
@@ -79,18 +80,16 @@ import tarfile
 import threading
 import time
 import tomllib
-import types
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from html import escape
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, ParamSpec, Self, TypeVar, cast
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 from wsgiref.util import FileWrapper
 
 import falcon
-import waitress.parser
 import waitress.server
 import waitress.task
 import waitress.wasyncore
@@ -2133,6 +2132,7 @@ class Settings:
     hosts: frozenset[str] = frozenset()  # public names of this server, in lower case
     loopback: bool = False  # whether it listens on loopback addresses only
     pages_host: str = ""  # the second name, in lower case, under which pages have an origin of their own
+    keep_days: int | None = None  # after a push, until `Repository.expire`
 
     def rule(self, directory: str, key: str) -> Any:
         """Return the value of the first rule that matches the directory and states the key. If there is none,
@@ -3685,9 +3685,10 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
 
 
 def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool) -> Repository:
-    """Return a repository that keeps as many versions as the settings say."""
+    """Return a repository that keeps what the settings say."""
     keep_versions = functools.partial(settings.rule, key="keep_versions")
-    return Repository(data, keep_versions=keep_versions, fsync=fsync)
+    keep_days = functools.partial(settings.rule, key="keep_days")
+    return Repository(data, keep_versions=keep_versions, keep_days=keep_days, fsync=fsync)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
@@ -3707,9 +3708,8 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 
 # == Connections: HTTP/1.1 on sockets (RFC 9112) ==================================================
 #
-# Stock waitress runs the application, too. Here, its event loop, its worker threads and its parser of headers
-# make a file server: a body goes straight into a staging file, and the commit is a rename; the kernel sends
-# files; no client holds a worker.
+# Stock waitress runs the application, too. Here, its event loop and its worker threads make a file server: a
+# body goes straight into a staging file, and the commit is a rename; the kernel sends files.
 #
 # - Only the event loop touches sockets. A worker calls the application, or takes one piece of a streamed
 #   response, and leaves the result. Nothing is locked, and no worker waits for a client.
@@ -3727,85 +3727,114 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 #   all, if small (*)  event loop     True          False      answer on a worker     answer on a worker
 #   all                worker         absent        absent     -                      -
 #
-# (*) No body; with --no-fsync also one of at most PIECE bytes, because its commit does not wait for the disk.
+# (*) No body is needed; with --no-fsync also one of at most PIECE bytes: its commit does not wait for the
+# disk.
 
-LINGER = 30  # seconds, see `Connection.linger`
 GRACE = 10  # seconds for current requests to finish after SIGTERM or Ctrl-C
+HEADER_TIME = 55  # seconds from the first byte of a header to its end; checked every CLEANUP seconds
+CLEANUP = 5
+LINGER, LINGER_IN_ALL = 30, 300  # seconds of silence, and in all; see `Connection.linger`
+HANG_UP = 1  # seconds of waiting, after which a worker drops a request whose client has hung up
+WAITING = 250  # requests that wait for a worker; more get 503
 CONNECTIONS = 4000  # at once, if the limit on open files admits them
-MAX_HEADER, MAX_BODY = 64 * 1024, 10**18  # bytes
+MAX_HEADER = 64 * 1024  # bytes
 MAX_LINE = 4096  # bytes of a chunk's size line, of a trailer section, of a request line in the log
+CACHED_HEADER = 1024  # bytes of a request line or of header fields: longer ones are parsed each time
 RECEIVE = 64 * 1024  # bytes received at once
 BUFFER = 4 * 1024 * 1024  # bytes received at once of a long body: few large writes cost the least
 GATHER = 1024 * 1024  # bytes to wait for in a socket while the hash is far behind
 STREAM_PIECE = 512 * 1024  # bytes of a streamed response: each piece is a hand-over between threads
 FILE_PIECE = 60 * 1024  # bytes of a file: whole pages that fit into one packet of the loopback (65,483 bytes)
 TURN = 8 * 1024 * 1024  # bytes of a file sent to one client before the others get their turn
-CACHED_LINE, CACHED_FIELDS = 256, 1024  # bytes: longer ones are parsed each time
-LINE_KEYS = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "REQUEST_URI", "HTTP_HOST")  # of a request line
+LOG_TIME = "%d/%b/%Y:%H:%M:%S +0000"
 MSG_MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
-TRANSFER_ENCODING = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.I)
-ABSOLUTE_FORM = re.compile("https?://([^/?#]*)", re.I)
-FIRST_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-NEXT_CHUNK = re.compile(rb"\r\n" + FIRST_CHUNK.pattern)
-TRAILER = re.compile(rb"(?:[^\r\n]+\r\n)*\r\n")
-BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
 READABLE, WRITABLE, RESULT = "readable", "writable", "result"  # what a conversation waits for
 Steps = Generator[str, None, T]  # yields what it waits for; returns T
 REQUIRED = (  # of waitress: undocumented, mostly unchanged since 2012. Else the stock server runs.
     (waitress.wasyncore.dispatcher, "socket connected close _fileno _map"),
     (waitress.server.TcpWSGIServer, "channel_class active_channels next_channel_cleanup"),
-    (waitress.server.TcpWSGIServer, "application adj task_dispatcher add_task trigger pull_trigger"),
-    (waitress.parser, "ParsingError TransferEncodingNotImplemented"),
-    (waitress.parser.HTTPRequestParser, "parse_header chunked body_rcv"),
-    (waitress.task.WSGITask, "get_environment"),
+    (waitress.server.TcpWSGIServer, "application adj task_dispatcher trigger pull_trigger"),
+    (waitress.task.ThreadedTaskDispatcher, "queue add_task set_thread_count shutdown"),
 )
 
+TOKEN, TEXT = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", rb"[\t\x20-\x7e\x80-\xff]*"
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
+TARGET = re.compile(rb"(?:https?://([^/?#]+))?(/[^?#]*)?(?:\?([^#]*))?", re.I)
+FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, TEXT))
+HEADER_END = re.compile(rb"\n\r?\n")
+QUOTED = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+EXTENSION = rb"[\t ]*;[\t ]*%b(?:[\t ]*=[\t ]*(?:%b|%b))?" % (TOKEN, TOKEN, QUOTED)
+FIRST_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:%b)*\r\n" % EXTENSION)
+NEXT_CHUNK = re.compile(rb"\r\n" + FIRST_CHUNK.pattern)
+TRAILER = re.compile(rb"(?:%b\r\n)*\r\n" % FIELD.pattern)
+BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
 
-def parse_header(server: Server, raw: bytes) -> WSGIEnvironment:
-    """Return the environ of a header, without client and body. It is cached, so nobody may change it.
 
-    Refuse a header in which another server could find another request (RFC 9112 §11.2)."""
-    parser = waitress.parser.HTTPRequestParser(server.adj)
-    try:
-        parser.parse_header(raw)
-    except waitress.parser.TransferEncodingNotImplemented:
-        detail = "Only the transfer coding 'chunked' is implemented. Use it, or send a Content-Length."
-        raise falcon.HTTPNotImplemented(description=detail) from None
-    except waitress.parser.ParsingError as error:
-        detail = f"{error}. Correct the request: all but ASCII must be percent-encoded."
-        raise falcon.HTTPBadRequest(description=detail) from None
-    except ValueError:  # from urlsplit, and from int with more than 4300 digits
-        raise falcon.HTTPBadRequest(description="The header is malformed. Correct the request.") from None
-    parser.body_rcv = None
-    channel = types.SimpleNamespace(server=server, addr=("", 0), check_client_disconnected=None)
-    environ: WSGIEnvironment = waitress.task.WSGITask(channel, parser).get_environment()
-    codings = [coding.strip(b" \t").lower() for coding in TRANSFER_ENCODING.findall(raw)]
-    if codings and (codings != [b"chunked"] or not parser.chunked or "CONTENT_LENGTH" in environ):
-        # RFC 9112 §6.1: where the body ends is in doubt. HTTP/1.0 has no Transfer-Encoding.
-        detail = "Transfer-Encoding: chunked needs HTTP/1.1 and no Content-Length. Correct the request."
-        raise falcon.HTTPBadRequest(description=detail)
-    if codings:
-        environ["HTTP_TRANSFER_ENCODING"] = "chunked"  # the parser removes it
-    elif int(environ.get("CONTENT_LENGTH", 0)) >= MAX_BODY:
-        raise falcon.HTTPContentTooLarge(description="No file system holds so many bytes. Send less.")
-    if absolute := ABSOLUTE_FORM.match(environ["REQUEST_URI"]):
-        environ["HTTP_HOST"] = absolute[1]  # it takes precedence over Host (RFC 9112 §3.2.2)
+@functools.lru_cache(1024)
+def parse_request_line(line: bytes) -> WSGIEnvironment:
+    """Return what a request line adds to the environ (RFC 9112 §3). HTTPError if it cannot be served."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None or match[3] == b"0":
+        raise HTTPBadRequest(description="The request line is malformed. It is: GET /path HTTP/1.1")
+    if match[3] != b"1":
+        raise falcon.HTTPVersionNotSupported(description="This server speaks HTTP/1.1. Use it.")
+    method = match[1].decode()
+    if method not in falcon.COMBINED_METHODS:
+        raise falcon.HTTPNotImplemented(description=f"The method {method[:20]} is unknown. Use another one.")
+    target = TARGET.fullmatch(b"/" if (method, match[2]) == ("OPTIONS", b"*") else match[2])
+    if target is None or not (target[1] or target[2]):
+        raise HTTPBadRequest(description="The request target is malformed. It begins with a slash.")
+    path = unquote_to_bytes(b"/" + (target[2] or b"").lstrip(b"/"))
+    environ = {
+        "SERVER_PROTOCOL": "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1", "REQUEST_METHOD": method,
+        "REQUEST_URI": match[2].decode("latin-1"), "PATH_INFO": path.decode("latin-1"),
+        "QUERY_STRING": (target[3] or b"").decode("latin-1"),
+    }  # fmt: skip
+    if target[1]:  # it takes precedence over Host (§3.2.2)
+        environ["HTTP_HOST"] = target[1].decode("latin-1")
     return environ
 
 
-parse_header_cached = functools.lru_cache(1024)(parse_header)
+@functools.lru_cache(1024)
+def parse_fields(fields: bytes) -> WSGIEnvironment:
+    """Return header fields as an environ (RFC 9112 §5, §6). HTTPError if they are malformed, or if another
+    server could find another end of the body (§11.2). Names with an underscore could pass for others."""
+    values: dict[str, list[str]] = {}
+    for line in fields.split(b"\r\n") if fields else ():
+        match = FIELD.fullmatch(line)
+        if match is None:
+            raise HTTPBadRequest(description="A header field is malformed. Correct it.")
+        key = match[1].decode().upper().replace("-", "_")
+        key = key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+        if b"_" not in match[1]:
+            values.setdefault(key, []).append(match[2].strip(b" \t").decode("latin-1"))
+    environ = {key: ", ".join(found) for key, found in values.items()}
+    length, coding = environ.get("CONTENT_LENGTH", "0"), environ.get("HTTP_TRANSFER_ENCODING")
+    if len(values.get("HTTP_HOST", ())) > 1 or not re.fullmatch("[0-9]+", length):
+        raise HTTPBadRequest(description="Host or Content-Length is malformed. Send each once.")
+    if coding is not None and "CONTENT_LENGTH" in environ:
+        raise HTTPBadRequest(description="Content-Length contradicts Transfer-Encoding. Send one of them.")
+    if coding is not None and coding.lower() != "chunked":
+        detail = "Only the transfer coding 'chunked' is implemented. Use it, or send a Content-Length."
+        raise falcon.HTTPNotImplemented(description=detail)
+    if len(length) > 18:
+        raise falcon.HTTPContentTooLarge(description="No file system holds so many bytes. Send less.")
+    return environ
 
 
-def read_header(server: Server, raw: bytes) -> WSGIEnvironment:
-    """Parse a header, from the cache where possible. Without it, small fetches have 0.59 of their speed.
+def read_header(raw: bytes) -> WSGIEnvironment:
+    """Parse a header, from the caches where possible. Without them, small fetches have 0.59 of their speed.
 
     Clients send the same fields with ever new request lines, so line and fields are cached apart."""
-    line, _, fields = raw.partition(b"\r\n")
-    if not line.endswith(b" HTTP/1.1") or len(line) > CACHED_LINE or len(fields) > CACHED_FIELDS:
-        return parse_header(server, raw)
-    of_fields = parse_header_cached(server, b"GET / HTTP/1.1\r\n" + fields)
-    of_line = parse_header_cached(server, line + b"\r\n\r\n")
-    return of_fields | {key: of_line[key] for key in LINE_KEYS if key in of_line}
+    line, _, fields = raw.removesuffix(b"\r\n\r\n").partition(b"\r\n")
+    is_short = len(line) <= CACHED_HEADER and len(fields) <= CACHED_HEADER
+    of_line = (parse_request_line if is_short else parse_request_line.__wrapped__)(line)
+    of_fields = (parse_fields if is_short else parse_fields.__wrapped__)(fields)
+    if of_line["SERVER_PROTOCOL"] == "HTTP/1.1" and "HTTP_HOST" not in of_fields:  # RFC 9112 §3.2
+        raise HTTPBadRequest(description="The Host field is missing. Send it.")
+    if of_line["SERVER_PROTOCOL"] == "HTTP/1.0" and "HTTP_TRANSFER_ENCODING" in of_fields:  # §6.1
+        raise HTTPBadRequest(description="HTTP/1.0 has no Transfer-Encoding. Use HTTP/1.1.")
+    return of_fields | of_line
 
 
 class BodyDecoder:
@@ -3835,31 +3864,29 @@ class BodyDecoder:
                 self.expected = NEXT_CHUNK if self.missing else TRAILER
             else:
                 rest = bytes(data[at:])
-                malformed = self.expected is not TRAILER and b"\n" in rest[2:]
+                malformed = (b"\r\n\r\n" if self.expected is TRAILER else b"\n") in rest[2:]
                 malformed |= self.expected is NEXT_CHUNK and not b"\r\n".startswith(rest[:2])
                 if malformed or BARE_CR_OR_LF.search(rest) or len(rest) > MAX_LINE:
-                    detail = "The chunked body is malformed. Correct the request."
-                    raise falcon.HTTPBadRequest(description=detail)
+                    raise HTTPBadRequest(description="The chunked body is malformed. Correct the request.")
                 break
         return pieces[0] if len(pieces) == 1 else b"".join(pieces), at
 
 
 class Request:
-    """One request while it is received. Its body goes into an Upload, which the connection closes."""
+    """One request while it is received. The body of a push goes into an Upload, which the connection closes;
+    that of any other request is dropped, and is not waited for."""
 
-    def __init__(self, header: WSGIEnvironment, client: WSGIEnvironment, repository: Repository) -> None:
-        chunked = "HTTP_TRANSFER_ENCODING" in header
-        self.body = BodyDecoder(None if chunked else int(header.get("CONTENT_LENGTH", 0)))
-        self.upload: Upload | None = None
-        if not self.body.complete:
-            is_push = header["REQUEST_METHOD"] in ("PUT", "POST")
-            self.upload = repository.stage(None if is_push else PIECE)  # the resource limits a push
-        self.environ = header | client | {"wsgi.input": self.upload or io.BytesIO()}
+    def __init__(self, environ: WSGIEnvironment, repository: Repository) -> None:
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        self.body = BodyDecoder(None if chunked else int(environ.get("CONTENT_LENGTH", 0)))
+        is_push = environ["REQUEST_METHOD"] in ("PUT", "POST") and not self.body.complete
+        self.upload = repository.stage() if is_push else None
+        self.environ = environ | {"wsgi.input": self.upload or io.BytesIO()}
 
     @property
     def ended(self) -> bool:
-        """Return whether no more bytes are needed: the body is complete, or it cannot be stored."""
-        return self.body.complete or (self.upload is not None and self.upload.fault is not None)
+        """Return whether no more bytes are needed: the body is complete, or it is not stored."""
+        return self.body.complete or self.upload is None or self.upload.fault is not None
 
     def receive(self, data: bytes | memoryview) -> int:
         """Store what belongs to the body, and return its length in the data. HTTPBadRequest if malformed.
@@ -3906,13 +3933,21 @@ def close_body(body: object) -> None:
 
 
 def pieces_of(body: Iterable[bytes], chunked: bool) -> Iterator[bytes]:
-    """Yield a response's body in pieces of about STREAM_PIECE bytes, in the chunked coding if asked to."""
-    gathered = bytearray()
-    for piece in itertools.chain(body, (b"",)):
-        gathered += piece
-        if gathered and (len(gathered) >= STREAM_PIECE or not piece):
-            yield b"%x\r\n%b\r\n" % (len(gathered), bytes(gathered)) if chunked else bytes(gathered)
+    """Yield a response's body in pieces of about STREAM_PIECE bytes, in the chunked coding if asked to.
+
+    While a piece is sent, it is in memory once."""
+    gathered: list[bytes] = []
+    size = 0
+    for part in itertools.chain(body, (b"",)):
+        gathered.append(part)
+        size += len(part)
+        if size and (size >= STREAM_PIECE or not part):
+            if chunked:
+                gathered = [b"%x\r\n" % size, *gathered, b"\r\n"]
+            piece = b"".join(gathered)
             gathered.clear()
+            size = 0
+            yield piece
     if chunked:
         yield b"0\r\n\r\n"
 
@@ -3927,22 +3962,24 @@ class Connection(waitress.wasyncore.dispatcher):
         super().__init__(sock, map)
         self.server, self.connected = server, True
         server.active_channels[self._fileno] = self
-        self.client = {
-            "REMOTE_ADDR": address[0], "REMOTE_HOST": address[0], "REMOTE_PORT": str(address[1]),
-            "wsgi.file_wrapper": FileWrapper,
-        }  # fmt: skip
+        self.address: str = address[0]  # of the client, or that which a trusted proxy states
+        self.client = server.environ | {"REMOTE_ADDR": address[0]}
         self.received = b""  # and not used yet
-        self.line = b""  # the request line, for the log
         self.request: Request | None = None  # from its header's end until its response was sent
+        self.line, self.status, self.who, self.sent = b"", "499", "-", 0  # for the log; see `release`
         self.body: object = None  # of the response
-        self.task: Callable[[], Any] | None = None  # waits for a worker, or is done by one
+        self.dispatcher = server.task_dispatcher  # whose workers do the request
+        self.task: Callable[[], Any] | None = None  # waits for a worker since `queued`, or is done by one
+        self.queued = 0.0
         self.result: list[Any] = []  # left by the worker; None: the task failed
         self.gathering: Future[None] | None = None  # the hash that `gather` waits for
         self.last_activity = time.monotonic()
+        self.silence: float = adj.channel_timeout  # seconds without a byte, and the time at which
+        self.deadline = math.inf  # nothing more is waited for; see `Server.clean_up`
         self.conversation = self.converse()
         self.waits_for = next(self.conversation)
         with contextlib.suppress(AttributeError, OSError):  # Linux closes it if its client does not read
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, adj.channel_timeout * 1000)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(adj.channel_timeout * 1000))
 
     def readable(self) -> bool:
         return self.waits_for == READABLE
@@ -3974,10 +4011,18 @@ class Connection(waitress.wasyncore.dispatcher):
         self.task = None
 
     def service(self) -> None:
-        """Do the task on a worker thread."""
+        """Do the task on a worker thread, unless it has waited long and the client has hung up meanwhile.
+
+        A client that has only ended its sending looks the same, but it rarely waits so long."""
         result = None
         try:
+            if time.monotonic() > self.queued + HANG_UP:
+                with contextlib.suppress(BlockingIOError):
+                    if not self.socket.recv(1, socket.MSG_PEEK):
+                        raise ConnectionAbortedError
             result = self.task() if self.task is not None else None
+        except ConnectionError:
+            pass
         except Exception as error:
             foreseen = isinstance(error, (ArtefactsError, OSError))
             log.error("a response broke off: %s", error, exc_info=not foreseen)
@@ -3989,23 +4034,30 @@ class Connection(waitress.wasyncore.dispatcher):
         is_last = False
         while not is_last:
             try:
-                try:
-                    response = yield from self.respond()
-                except (ArtefactsError, falcon.HTTPError) as error:
-                    status, fields, content = error_response(error)
-                    fields = [*fields, ("content-length", str(len(content)))]
-                    response = Response(status, fields, [content], EVERYONE.name)
-                is_last = yield from self.send_response(response)
+                is_last = yield from self.send_response((yield from self.respond()))
             finally:
                 self.release()
         yield from self.linger()
 
     def respond(self) -> Steps[Response]:
-        """Receive the next request, and return its response. The table above explains the calls."""
-        header = yield from self.receive_header()
-        request = self.request = Request(header, self.client, self.server.repository)
+        """Return the response to the next request, or to malformed bytes."""
+        try:
+            return (yield from self.answer((yield from self.receive_header())))
+        except (ArtefactsError, falcon.HTTPError) as error:
+            status, fields, content = error_response(error)
+            fields.append(("content-length", str(len(content))))
+            return Response(status, fields, [content], EVERYONE.name)
+
+    def answer(self, header: WSGIEnvironment) -> Steps[Response]:
+        """Receive the request, and return its response. The table above explains the calls."""
+        header = self.client | header
+        self.server.adjust(header)
+        self.address = header["REMOTE_ADDR"]
+        request = self.request = Request(header, self.server.repository)
         self.received = self.received[request.receive(self.received) :]
         application, environ = self.server.application, request.environ
+        is_read = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        self.dispatcher = self.server.readers if is_read else self.server.task_dispatcher
         if not request.ended:
             check = environ | {HEADERS_ONLY: False, ON_WORKER: False}
             response = call_application(application, check)
@@ -4023,24 +4075,31 @@ class Connection(waitress.wasyncore.dispatcher):
             response = call_application(application, environ | {HEADERS_ONLY: True, ON_WORKER: False})
             if not response.status.startswith(("100", "102")):
                 return response
+        if len(self.dispatcher.queue) >= WAITING:
+            detail = "Too many requests wait. Try again later."
+            raise falcon.HTTPServiceUnavailable(description=detail, retry_after=5)
         return (yield from self.on_worker(call_application, application, environ))
 
     def on_worker(self, function: Callable[..., T], *arguments: Any) -> Steps[T]:
         """Return the function's result, called on a worker thread. OSError if it failed, which is logged."""
-        self.task = functools.partial(function, *arguments)
-        self.server.add_task(self)
+        self.task, self.queued = functools.partial(function, *arguments), time.monotonic()
+        self.dispatcher.add_task(self)
         yield RESULT
         self.task, result = None, self.result.pop()
         if result is None:
-            raise OSError(errno.EIO, "the worker failed")
+            raise OSError(errno.EIO, "the worker failed, or the client has hung up")
         return cast(T, result)
 
     def release(self) -> None:
-        """Close the request's upload, its response's body, and that of a response that is not sent."""
+        """Log the request. Close its upload, its response's body, and that of a response that is not sent."""
+        if self.line and not self.server.quiet:
+            outcome = f"{self.status} {self.sent if self.sent > 0 else '-'}"
+            log_request(self.address, self.who, self.line, outcome)
         unsent = [result.body for result in self.result if isinstance(result, Response)]
         for body in (self.body, self.request and self.request.upload, *unsent):
             close_body(body)
         self.request = self.body = self.gathering = None
+        self.line, self.status, self.who, self.sent = b"", "499", "-", 0  # 499: the client has hung up
 
     def receive(self, size: int) -> Steps[memoryview]:
         """Return at most `size` bytes, which the next call overwrites. OSError if the client has ended."""
@@ -4054,18 +4113,27 @@ class Connection(waitress.wasyncore.dispatcher):
                 return view
 
     def receive_header(self) -> Steps[WSGIEnvironment]:
-        """Return the environ of the next header. HTTPError if it cannot be read."""
+        """Return the environ of the next header. HTTPError if it cannot be served: at once, also if its lines
+        end in a bare LF, or its first line has no version."""
+        searched = 0
         while True:
             self.received = self.received.lstrip(b"\r\n")  # RFC 9112 §2.2
-            raw, end, rest = self.received.partition(b"\r\n\r\n")
-            if end or len(raw) > MAX_HEADER:
+            end = HEADER_END.search(self.received, searched)
+            line, newline, _ = self.received.partition(b"\n")
+            if end or len(self.received) > MAX_HEADER or (newline and b" HTTP/" not in line):
                 break
+            searched = max(0, len(self.received) - 2)
+            if self.received and self.deadline == math.inf:
+                self.deadline = time.monotonic() + HEADER_TIME
             self.received += yield from self.receive(RECEIVE)
-        self.received, self.line = rest, raw[:MAX_LINE].partition(b"\r\n")[0]
-        if len(raw) > MAX_HEADER:
+        self.deadline = math.inf
+        size = end.end() if end else len(self.received)
+        raw, self.received = self.received[:size], self.received[size:]
+        self.line = line[:MAX_LINE].removesuffix(b"\r")
+        if size > MAX_HEADER:
             detail = f"The header has more than {MAX_HEADER} bytes. Send less."
             raise falcon.HTTPRequestHeaderFieldsTooLarge(description=detail)
-        return read_header(self.server, raw + end)
+        return read_header(raw)
 
     def receive_body(self, request: Request) -> Steps[None]:
         """Receive the rest of the body through the server's buffer, straight into the upload."""
@@ -4093,14 +4161,15 @@ class Connection(waitress.wasyncore.dispatcher):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def linger(self) -> Steps[None]:
-        """Drop what arrives, for LINGER seconds, or until the client has ended.
+        """Drop what arrives, until the client has ended, was silent for LINGER seconds, or LINGER_IN_ALL
+        seconds are over.
 
         Closed with unread bytes, the connection is reset, and the client may lose the response (RFC 9112
         §9.6)."""
         self.socket.shutdown(socket.SHUT_WR)
         self.received = b""
-        deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline:
+        self.silence, self.deadline = LINGER, time.monotonic() + LINGER_IN_ALL
+        while True:
             yield READABLE
             with contextlib.suppress(BlockingIOError):
                 for _ in range(TURN // BUFFER):  # all now: a hang-up that poll reports next closes the socket
@@ -4109,7 +4178,7 @@ class Connection(waitress.wasyncore.dispatcher):
 
     def send_response(self, response: Response) -> Steps[bool]:
         """Send the final response to the request, or to malformed bytes. Return whether it is the last."""
-        status, fields, self.body, who = response
+        status, fields, self.body, self.who = response
         request, environ = self.request, self.request.environ if self.request else {}
         close_body(request and request.upload)  # nothing of a refused upload is left when the client knows
         version: str = environ.get("SERVER_PROTOCOL", "HTTP/1.1")
@@ -4129,17 +4198,15 @@ class Connection(waitress.wasyncore.dispatcher):
         fields += (("date", http_date(int(time.time()))), ("server", "artefacts"))
         lines = [f"{version} {status}", *itertools.starmap(field_line, fields), "\r\n"]
         start, body = "\r\n".join(lines).encode("latin-1"), response.body
-        if not self.server.quiet:
-            size = length if environ.get("REQUEST_METHOD") != "HEAD" else None
-            log_request(self.client["REMOTE_ADDR"], who, self.line, f"{status[:3]} {size or '-'}")
-        if isinstance(body, list):
+        self.status, self.sent = status[:3], -len(start)
+        if isinstance(body, list) and sum(map(len, body)) <= SMALL:
             yield from self.send(start + b"".join(body))
         elif isinstance(body, FileWrapper):
             yield from self.send(start, MSG_MORE)
             yield from self.send_file(body.filelike, int(length or 0))
         else:
             yield from self.send(start)
-            pieces = pieces_of(body, chunked)
+            pieces = iter(body) if isinstance(body, list) else pieces_of(body, chunked)
             while piece := (yield from self.on_worker(next, pieces, b"")):
                 yield from self.send(piece)
         return is_last
@@ -4148,9 +4215,11 @@ class Connection(waitress.wasyncore.dispatcher):
         rest = memoryview(data)
         while rest:
             try:
-                rest = rest[self.socket.send(rest, flags) :]
+                sent = self.socket.send(rest, flags)
             except BlockingIOError:
                 yield WRITABLE
+            else:
+                self.sent, rest = self.sent + sent, rest[sent:]
 
     def send_file(self, file: IO[bytes], size: int) -> Steps[None]:
         """Have the kernel send the file from its position on. OSError if it ends early."""
@@ -4161,7 +4230,7 @@ class Connection(waitress.wasyncore.dispatcher):
                 sent = os.sendfile(self.socket.fileno(), file.fileno(), at, min(FILE_PIECE, end - at))
                 if not sent:
                     raise OSError(errno.EIO, "the file was truncated while it was sent")
-                at += sent
+                self.sent, at = self.sent + sent, at + sent
             except BlockingIOError:
                 yield WRITABLE
             if at - turn >= TURN:
@@ -4171,7 +4240,7 @@ class Connection(waitress.wasyncore.dispatcher):
 
 def log_request(address: str, who: str, line: bytes, outcome: str) -> None:
     """Write a line in common log format. Everything but printable ASCII is escaped."""
-    when = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime())
+    when = time.strftime(LOG_TIME, time.gmtime())
     who = escape_log(who).replace(" ", "\\x20")
     # a log that cannot be written costs no response
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -4195,36 +4264,76 @@ class Server(waitress.server.TcpWSGIServer):
     """Accepts connections, and holds what they share."""
 
     channel_class = Connection
-    next_channel_cleanup = math.inf  # waitress never closes idle connections: see `close_idle`
+    next_channel_cleanup = math.inf  # waitress never closes idle connections: see `close_overdue`
+    active_channels: dict[int, Connection]
 
-    def __init__(self, app: WSGIApplication, repository: Repository, quiet: bool, **options: Any) -> None:
-        self.repository, self.quiet = repository, quiet
+    def __init__(self, app: WSGIApplication, repository: Repository, options: argparse.Namespace,
+                 sockets: list[socket.socket], **settings: Any) -> None:
+        super().__init__(app, _sock=sockets[0], bind_socket=False, **settings)
+        self.repository, self.quiet, self.next_cleanup = repository, options.quiet, 0.0
+        self.prefix: str = options.prefix.encode().decode("latin-1")
+        self.proxies: list[Any] = options.trusted_proxy
         self.buffer = memoryview(bytearray(BUFFER))  # the event loop receives everything through it
-        self.next_cleanup = 0.0
-        super().__init__(app, **options)
+        # Listings have few threads of their own: more would wait for the interpreter, and pushes for them.
+        self.readers = waitress.task.ThreadedTaskDispatcher()
+        self.readers.set_thread_count(max(1, options.threads // 2))
+        self.environ: WSGIEnvironment = {
+            "SERVER_NAME": self.server_name, "SERVER_PORT": str(self.effective_port),
+            "SCRIPT_NAME": self.prefix, "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": False,
+            "wsgi.run_once": False, "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
+            "waitress.client_disconnected": None,
+        }  # fmt: skip
+        self.listeners = [self]
+        for sock in sockets[1:]:
+            listener = copy.copy(self)
+            listener.set_socket(sock, self._map)
+            self.listeners.append(listener)
 
-    def close_idle(self) -> None:
-        """Close connections on which nothing arrives. `run` calls it between two turns of the loop.
+    def adjust(self, environ: WSGIEnvironment) -> None:
+        """Take the prefix off the path, and the client's address from trusted proxies."""
+        path = environ["PATH_INFO"]
+        if self.prefix and f"{path}/".startswith(f"{self.prefix}/"):
+            environ["PATH_INFO"] = path[len(self.prefix) :]
+        if self.proxies:
+            hops = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
+            environ["REMOTE_ADDR"] = client_address(environ["REMOTE_ADDR"], hops, self.proxies)
+
+    def close_overdue(self) -> None:
+        """Close connections on which nothing arrives in time, and at the limit of connections the oldest one
+        without a complete header. `run` calls it between two turns of the loop.
 
         Waitress does it by the wall clock, and while it builds the set for poll: a descriptor that is closed
         then is in the set, and can be a new connection's before poll reports it."""
-        now = time.monotonic()
+        now, connections = time.monotonic(), self.active_channels.values()
+        if len(self._map) >= self.adj.connection_limit:
+            oldest = next((connection for connection in connections if connection.request is None), None)
+            if oldest is not None:
+                oldest.handle_close()
         if now < self.next_cleanup:
             return
-        self.next_cleanup = now + self.adj.cleanup_interval
-        for connection in list(self.active_channels.values()):
+        self.next_cleanup = now + min(CLEANUP, self.adj.cleanup_interval)
+        for connection in list(connections):
             if connection.gathering is not None:
-                connection.set_low_water(1)  # else a slow client would seem idle
-            if connection.readable() and connection.last_activity < now - self.adj.channel_timeout:
+                connection.set_low_water(1)  # else a slow client would seem silent
+            is_silent = connection.last_activity < now - connection.silence
+            if connection.readable() and (is_silent or connection.deadline < now):
                 connection.handle_close()
 
 
-def make_server(app: WSGIApplication, repository: Repository, options: argparse.Namespace) -> Any:
-    """Return a listening server: ours, or the stock one if waitress lacks something that is REQUIRED."""
+def client_address(address: str, hops: list[str], proxies: Sequence[Any]) -> str:
+    """Return the last of the addresses that is not a trusted proxy's. hops: of X-Forwarded-For."""
+    with contextlib.suppress(ValueError):  # the next hop is no address
+        while hops and any(ipaddress.ip_address(address) in network for network in proxies):
+            address = str(ipaddress.ip_address(hops.pop().strip()))
+    return address
+
+
+def make_server(app: WSGIApplication, repository: Repository, sockets: list[socket.socket],
+                options: argparse.Namespace) -> Any:
+    """Return a server: ours, or the stock one (on one socket) if waitress lacks something REQUIRED."""
     settings: dict[str, Any] = {
-        "host": options.host, "port": options.port, "threads": options.threads, "ident": "artefacts",
-        "recv_bytes": RECEIVE, "asyncore_use_poll": True, "connection_limit": connection_limit(),
-        "max_request_body_size": 1 << 62, "max_request_header_size": MAX_HEADER,
+        "threads": options.threads, "asyncore_use_poll": True, "connection_limit": connection_limit(),
         "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
     }
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a line for each request that waits
@@ -4232,8 +4341,10 @@ def make_server(app: WSGIApplication, repository: Repository, options: argparse.
     missing = [f"{owner.__name__}.{name}" for owner, name in required if lacks(owner, name)]
     if missing:
         log.warning("this waitress lacks %s: large uploads and small fetches are slower", ", ".join(missing))
-        return waitress.server.create_server(app, **settings)
-    return Server(app, repository, options.quiet, **settings)
+        return waitress.server.create_server(
+            app, sockets=sockets[:1], ident="artefacts", recv_bytes=RECEIVE, url_prefix=options.prefix,
+            max_request_body_size=1 << 62, max_request_header_size=MAX_HEADER, **settings)
+    return Server(app, repository, options, sockets, **settings)
 
 
 def lacks(owner: Any, name: str) -> bool:
@@ -4252,37 +4363,67 @@ def connection_limit() -> int:
     return max(10, min(CONNECTIONS, (soft - 200) // 2))
 
 
-def run(server: Any, url: str) -> None:
-    """Print the URL and serve until SIGTERM or Ctrl-C. Then give current requests GRACE seconds to finish."""
+def say(text: str) -> None:
+    """Print a line. OSError if standard output is full or closed."""
+    try:
+        print(text, flush=True)
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    except OSError as error:
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at exit
+        error.filename = "standard output"
+        raise
+
+
+def run(server: Any, url: str, grace: float, reload: Callable[[], None]) -> None:
+    """Print the URL and serve until SIGTERM or Ctrl-C. Then give current requests `grace` seconds to finish.
+
+    reload: called after SIGHUP."""
 
     def stop(number: int, frame: object) -> None:
         if stopping:
             raise SystemExit(1)  # the second signal does not wait
         stopping.append(number)
-        server.trigger.pull_trigger()
+        pull_trigger()
+
+    def hang_up(number: int, frame: object) -> None:
+        hung_up.append(number)
+        pull_trigger()
 
     stopping: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    print(url, flush=True)
+    hung_up: list[int] = []
+    pull_trigger = server.trigger.pull_trigger
+    for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
+        signal.signal(number, handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    say(url)
     while not stopping:
-        waitress.wasyncore.loop(timeout=30, use_poll=True, map=server._map, count=1)
+        waitress.wasyncore.loop(timeout=CLEANUP, use_poll=True, map=server._map, count=1)
         if isinstance(server, Server):
-            server.close_idle()
-    waitress.wasyncore.dispatcher.close(server)  # no new connections
-    deadline = time.monotonic() + GRACE
+            server.close_overdue()
+        if hung_up:
+            hung_up.clear()
+            reload()
+    for listener in getattr(server, "listeners", (server,)):
+        waitress.wasyncore.dispatcher.close(listener)  # no new connections
+    deadline = time.monotonic() + grace
     while time.monotonic() < deadline and server.active_channels:
         for channel in list(server.active_channels.values()):
             if not (channel.request or channel.requests or channel.total_outbufs_len):
                 channel.handle_close()
         waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
-    server.task_dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
+    for dispatcher in (server.task_dispatcher, getattr(server, "readers", None)):
+        if dispatcher is not None:
+            dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
     for channel in list(server.active_channels.values()):
         channel.handle_close()  # it discards a half-received upload
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
 # == The program ==================================================================================
+
+SWEEP_EVERY = 3600  # seconds
 
 
 def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
@@ -4302,16 +4443,10 @@ def number_between(low: int, high: int) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+            raise ValueError(f"{text!r} is not a number from {low} to {high}")
         return int(text)
 
-    return convert
-
-
-def path(text: str) -> str:
-    if not text:  # an unset variable of the shell, which must not mean the working directory
-        raise argparse.ArgumentTypeError("the path is empty")
-    return text
+    return as_argument(convert)
 
 
 class Options(argparse.ArgumentParser):
@@ -4322,25 +4457,37 @@ class Options(argparse.ArgumentParser):
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = Options(prog="artefacts.py", description=(__doc__ or "").partition("\n")[0])
     add = options.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    path = as_argument(only("a path", str, "(?s:.+)"))  # an unset variable must not mean this folder
+    prefix = as_argument(only("a path such as /builds", str, "(/[^/?#]+)*"))
+    add("--host", action="append", metavar="HOST",
+        help="address or name to listen on; several are possible (default: 127.0.0.1)")
     add("--port", type=number_between(0, 65535), default=8080, metavar="N",
         help="port to listen on, 0 for a free one (default: %(default)s)")
     add("--data", type=path, default="data", metavar="DIR",
         help="where the artefacts are (default: %(default)s)")
     add("--keep-versions", type=as_argument(number_of_versions), default=0, metavar="N",
         help="versions kept before the current one, or 'all' (default: 0)")
+    add("--keep-days", type=number_between(1, 999_999), metavar="N",
+        help="delete artefacts whose last push is older (default: never)")
     add("--max-size", type=as_argument(number_of_bytes), metavar="BYTES",
         help="largest artefact accepted, such as 2GiB (default: any)")
     add("--threads", type=number_between(1, 1000), default=8, metavar="N",
-        help="requests worked on at once (default: %(default)s)")
+        help="pushes worked on at once (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
     add("--config", type=path, metavar="FILE", help="tokens, and rules for directories (TOML)")
     add("--open", action="store_true", help="without tokens, serve the network all the same")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="without tokens, a name besides the loopback's that this server is asked by")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a public name of this server")
     add("--pages-host", default="", metavar="NAME", help="a second host name of this server, for pages only")
+    add("--prefix", type=prefix, default="", metavar="/PATH",
+        help="path that a proxy serves this under; it precedes every link")
+    add("--trusted-proxy", type=as_argument(ipaddress.ip_network), action="append", default=[],
+        metavar="ADDRESS", help="proxy or network whose X-Forwarded-For is believed")
+    add("--grace", type=number_between(0, 86400), default=GRACE, metavar="SECONDS",
+        help="time for current requests to finish after SIGTERM (default: %(default)s)")
     add("--new-token", metavar="NAME", help="print a new token and its lines for --config, and exit")
     add("--verify", action="store_true", help="read everything, tell what is damaged, and exit")
+    add("--sweep", action="store_true", help="delete what keep_days says, and exit")
+    add("--dry-run", action="store_true", help="with --sweep, only print it")
     add("--quiet", action="store_true", help="no line for each request")
     return options.parse_args(arguments)
 
@@ -4363,14 +4510,44 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
     OSError and ValueError as `read_config`. ValueError if the network could do everything without --open."""
     config = read_config(options.config) if options.config is not None else Config()
-    if not config.token and not options.open and not is_loopback(options.host):
+    for host in options.host:
+        resolve(host)
+    is_local = all(map(is_loopback, options.host))
+    if not config.token and not options.open and not is_local:
         raise ValueError(
-            f"without tokens, everyone who reaches {options.host} could do everything: configure tokens "
-            "(--new-token, --config), listen on 127.0.0.1, or say --open"
+            f"without tokens, everyone who reaches {' '.join(options.host)} could do everything: "
+            "configure tokens (--new-token, --config), listen on 127.0.0.1, or say --open"
         )
-    pages_host, loopback = options.pages_host.lower(), is_loopback(options.host)
+    pages_host = options.pages_host.lower()
     hosts = frozenset(name.lower() for name in options.allow_host) - {pages_host}
-    return Settings(config, options.keep_versions, options.max_size, hosts, loopback, pages_host)
+    return Settings(config, options.keep_versions, options.max_size, hosts, is_local, pages_host,
+                    options.keep_days)
+
+
+def resolve(host: str) -> list[tuple[int, Any]]:
+    """Return the families and addresses of a host. `localhost` and `::` have both. ValueError: unknown."""
+    both = {"localhost": ("127.0.0.1", "::1"), "::": ("::", "0.0.0.0")}
+    try:
+        found = [socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM) for name in both.get(host, (host,))]
+    except (socket.gaierror, UnicodeError):
+        raise ValueError(f"--host {host} is neither an address nor a known name. Correct it.") from None
+    return [(family, address) for family, *_, address in itertools.chain(*found)]
+
+
+def listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """Return listening sockets for all addresses of the hosts, on one port. OSError, ValueError."""
+    sockets: list[socket.socket] = []
+    addresses = dict.fromkeys(itertools.chain(*map(resolve, hosts)))
+    for family, (address, _, *more) in addresses:
+        port = port or (sockets[0].getsockname()[1] if sockets else 0)
+        try:
+            sockets.append(socket.create_server((address, port, *more), family=family, backlog=1024))
+        except OSError as error:
+            error.filename = f"{address}:{port}"
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or len(addresses) == 1:
+                raise
+            log.warning("%s: %s", error.filename, error.strerror)  # the machine may have no IPv6
+    return sockets
 
 
 def verify(repository: Reader) -> int:
@@ -4385,13 +4562,13 @@ def verify(repository: Reader) -> int:
         if state != "whole":
             sys.stderr.write("\r\033[K" if total else "")  # clear the progress bar
             version = artefact.version if artefact.time else ""  # unreadable: unknown
-            print(f"{state}: {artefact.directory}/{artefact.id} {version}".rstrip(), flush=True)
+            say(f"{state}: {artefact.directory}/{artefact.id} {version}".rstrip())
         if total:
             part = min(1, read / total)
             sys.stderr.write(f"\r[{'#' * round(part * 40):40}] {part:4.0%}, {sum(counts.values())} files ")
             sys.stderr.flush()
     sys.stderr.write("\n" if total else "")
-    print(", ".join(f"{count} {state}" for state, count in counts.items() if count or state != "unreadable"))
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count or state != "unreadable"))
     return 1 if counts["damaged"] or counts["unreadable"] else 0
 
 
@@ -4405,36 +4582,75 @@ def bytes_below(path: str) -> int:
     return total
 
 
+def sweep(repository: Repository, dry_run: bool = False) -> int:
+    """Delete what is older than keep_days, and print it."""
+    for artefact in repository.expire(dry_run):
+        say(f"{artefact.directory}/{artefact.id} {artefact.version}")
+    return 0
+
+
+def sweep_hourly(repository: Repository) -> None:
+    """Delete what is older than keep_days and what crashes left, for ever, on a thread of its own."""
+    while True:
+        try:
+            for artefact in repository.expire():
+                log.warning("keep_days: deleted %s/%s %s", artefact.directory, artefact.id, artefact.version)
+            time.sleep(SWEEP_EVERY)
+            repository.sweep()
+        except (ArtefactsError, OSError) as error:
+            log.error("the sweep broke off: %s", error)
+            time.sleep(SWEEP_EVERY)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program, and return its exit status: 2 if the options or the data directory cannot be used."""
     options = parse_options(arguments)
-    logging.basicConfig(format="%(name)s: %(message)s")
+    options.host = [host.strip("[]") for host in options.host or ["127.0.0.1"]]
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(format="[%(asctime)s] %(name)s: %(message)s", datefmt=LOG_TIME)
     try:
-        if options.new_token is not None:
-            print(new_token(options.new_token))
-            return 0
-        settings = settings_of(options)
-        if options.verify:
-            return verify(Reader(options.data))
-        repository = make_repository(options.data, settings, not options.no_fsync)
-        server = make_server(application(repository, settings), repository, options)
+        return start(options)
     except KeyboardInterrupt:
         return 130
     except Unavailable as error:
-        sys.stderr.write(f"artefacts.py: {options.data}: {error}\n")
-        return 2
+        message = f"{options.data}: {error}"
     except OSError as error:
-        where = error.filename or f"{options.host}:{options.port}"
-        sys.stderr.write(f"artefacts.py: {where}: {error.strerror}\n")
-        return 2
+        message = f"{error.filename or options.data}: {error.strerror}"
     except ValueError as error:
-        sys.stderr.write(f"artefacts.py: {error}\n")
-        return 2
+        message = str(error)
+    sys.stderr.write(f"artefacts.py: {message}\n")
+    return 2
+
+
+def start(options: argparse.Namespace) -> int:
+    """Do what the options say, and return the exit status."""
+    if sys.getfilesystemencoding() != "utf-8":
+        raise ValueError("names are not stored in UTF-8 under this locale: set LC_ALL=C.UTF-8")
+    if options.new_token is not None:
+        say(new_token(options.new_token))
+        return 0
+    settings = settings_of(options)
+    if options.verify:
+        return verify(Reader(options.data))
+    repository = make_repository(options.data, settings, not options.no_fsync)
+    if options.sweep:
+        return sweep(repository, options.dry_run)
+    sockets = listen(options.host, options.port)
+    repository.check_directories()
+    server = make_server(application(repository, settings), repository, sockets, options)
+    threading.Thread(target=sweep_hourly, args=(repository,), daemon=True).start()
+
+    def reload() -> None:
+        try:
+            if options.config is not None:
+                settings.config = settings_of(options).config
+        except (OSError, ValueError) as error:
+            log.error("the old rules stay: %s", error)
+
     gc.freeze()  # what exists now stays, so the collector need not look at it again
     gc.set_threshold(50_000, 20, 20)
-    host = options.host.strip("[]")
-    host = f"[{host}]" if ":" in host else host
-    run(server, f"http://{host}:{server.effective_port}/artefacts/")
+    host = f"[{options.host[0]}]" if ":" in options.host[0] else options.host[0]
+    run(server, f"http://{host}:{server.effective_port}{options.prefix}/artefacts/", options.grace, reload)
     return 0
 
 

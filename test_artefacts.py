@@ -12,12 +12,14 @@ import fnmatch
 import hashlib
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -84,7 +86,8 @@ token = [
     {{name = "colon", sha256 = "{DIGESTS[3]}", read = ["app-?"]}},
 ]
 """
-LOGGED = re.compile(r'127\.0\.0\.1 - \S+ \[\d\d/[A-Z][a-z]+/\d{4}(:\d\d){3} \+0000\] "[ -~]*" \d{3} (\d+|-)')
+LOG_TIME = r"\[\d\d/[A-Z][a-z]+/\d{4}(:\d\d){3} \+0000\]"
+LOGGED = re.compile(rf'127\.0\.0\.1 - \S+ {LOG_TIME} "[ -~]*" \d{{3}} (\d+|-)')
 Events = list[tuple[str, str | int]]
 Rules = list[tuple[Callable[..., object], list[tuple[Any, ...]]]]  # a function; arguments and result
 
@@ -457,7 +460,7 @@ class Program:
     def __init__(self, data: Path, *options: str, code: Sequence[str] = (str(PROGRAM),),
                  before: Sequence[str] = (), logged: str = "(?!)") -> None:  # fmt: skip
         self.data, self.quiet = data, "--quiet" in options
-        self.logged = re.compile(f"{LOGGED.pattern}|{logged}")
+        self.logged = re.compile(f"{LOGGED.pattern}|{LOG_TIME} ({logged})")
         self.log = data.with_name(f"{data.name}-{id(self):x}.log")
         program = [*before, sys.executable, "-W", "error", *code]
         command = [*program, "--data", str(data), "--port", "0", *options]
@@ -544,7 +547,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "c.toml").write_text(TOKENS + 'directory = [{name = "app-*", max_size = 10}]')
     data = fill(folder / "data", "public", "app-1", "secret")
-    with Program(data, "--config", str(folder / "c.toml"), "--no-fsync") as running:
+    logged = "artefacts: '.*' has versions: keep_versions = 0 makes a push erase them"
+    with Program(data, "--config", str(folder / "c.toml"), "--no-fsync", logged=logged) as running:
         yield running
 
 
@@ -4988,6 +4992,229 @@ def test_unsuitable_waitress_falls_back_to_its_stock_server(tmp_path: Path) -> N
         assert program.get(path).body == b"333"
 
 
+def patched(*statements: str) -> tuple[str, str]:
+    """Return the code that runs the program with other constants."""
+    return "-c", IMPORT + "; ".join((*statements, "artefacts.main()"))
+
+
+def receives_end(connection: Connection, seconds: float) -> bool:
+    """Return whether the server closes the connection within that time, without a byte."""
+    connection.socket.settimeout(seconds)
+    with contextlib.suppress(TimeoutError, ConnectionResetError):
+        return connection.socket.recv(1) == b""
+    return False
+
+
+def test_header_has_a_deadline_and_a_body_has_none(tmp_path: Path) -> None:
+    code = patched("artefacts.HEADER_TIME = 1", "artefacts.CLEANUP = 0.1")
+    with (
+        Program(tmp_path / "data", code=code) as program, program.connect() as slow,
+        program.connect() as body,
+    ):  # fmt: skip
+        body.send(head("PUT", "/artefacts/app/x", "Content-Length: 25"))
+        started = time.monotonic()
+        for byte in bytes(25):
+            with contextlib.suppress(OSError):
+                slow.send(b"G")
+            body.send(bytes([byte]))
+            time.sleep(0.1)
+        assert receives_end(slow, 5) and time.monotonic() - started < 5
+        assert body.answer().status == 201
+        with program.connect() as late:  # the time before the first byte does not count
+            time.sleep(1.5)
+            assert late.ask(head("GET", "/artefacts/app/x")).status == 200
+            late.send(b"GET /artefacts/app/x HTTP/1.1\r\n")
+            time.sleep(0.5)
+            assert late.ask(b"Host: localhost\r\n\r\n").status == 200
+
+
+def test_oldest_connection_without_a_header_makes_room(tmp_path: Path) -> None:
+    code = patched("artefacts.CONNECTIONS = 20")
+    with Program(tmp_path / "data", code=code) as program, contextlib.ExitStack() as opened:
+        slow = [opened.enter_context(program.connect()).send(b"GET /") for _ in range(60)]
+        for number in range(5):
+            assert program.ask(put(f"/artefacts/app/{number}", b"x")).status == 201
+        assert receives_end(slow[0], 5)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data directory with 10,000 artefacts, all hard links of a few files."""
+    folder = tmp_path_factory.mktemp("many") / "data/app"
+    folder.mkdir(parents=True)
+    for number in range(10_000):
+        (folder / f"a-name-of-the-usual-length-{number:05}.tar.gz").write_bytes(b"x")
+    return folder.parent
+
+
+def test_abandoned_listings_do_not_delay_a_push(many: Path) -> None:
+    with Program(many, "--quiet") as program:
+        program.ask(put("/artefacts/app/small", b"small"))
+        for _ in range(300):
+            with program.connect() as connection:
+                connection.send(head("GET", "/artefacts/app"))
+        started = time.monotonic()
+        assert program.get("/artefacts/app/small").body == b"small"
+        assert time.monotonic() - started < 2
+        assert program.ask(put("/artefacts/other/x", b"x")).status == 201
+        assert time.monotonic() - started < 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_clients_that_do_not_read_listings_take_little_memory(many: Path) -> None:
+    with Program(many, "--quiet") as program, contextlib.ExitStack() as opened:
+        for _ in range(300):
+            connection = opened.enter_context(program.connect(receive_buffer=4096))
+            connection.send(head("GET", "/artefacts/app"))
+        slowest = 0.0
+        for number in range(20):
+            path = f"/artefacts/other/{number}"
+            for request in (put(path, b"x"), head("GET", path)):
+                started = time.monotonic()
+                assert program.ask(request).status in (200, 201)
+                slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.2)
+        assert slowest < 5
+        assert program.peak_memory() < 300_000_000
+
+
+def test_too_many_waiting_requests_get_503(tmp_path: Path) -> None:
+    code = patched("artefacts.WAITING = 2")
+    with (
+        Program(tmp_path / "data", "--threads=1", code=code) as program,
+        contextlib.ExitStack() as opened,
+    ):
+        program.ask(put("/artefacts/held/x", b"x"))
+        lock = opened.enter_context(open(program.data / ".locks/held", "rb+"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = [opened.enter_context(program.connect()) for _ in range(3)]
+        for number, connection in enumerate(waiting):
+            connection.send(put(f"/artefacts/held/{number}", b"y"))
+            time.sleep(0.2)
+        answer = program.ask(put("/artefacts/held/last", b"y"))
+        assert answer.is_problem(503) and int(answer.headers["Retry-After"]) > 0
+        assert program.get("/artefacts/held/x").body == b"x"
+        assert program.get("/artefacts/held").status == 200  # listings have workers of their own
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert [connection.answer().status for connection in waiting] == [201] * 3
+
+
+@pytest.mark.parametrize("announced", ["Content-Length: 1000000000", CHUNKED])
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("HEAD", 200), ("DELETE", 204), ("PATCH", 405)])
+def test_unneeded_body_is_not_waited_for(program: Program, method: str, status: int, announced: str) -> None:
+    path = "/artefacts/app/unneeded"
+    program.ask(put(path, b"x"))
+    with program.connect() as connection:
+        answer = connection.ask(head(method, path, announced, "Expect: 100-continue"))
+        assert (answer.status, answer.headers["Connection"]) == (status, "close")
+        with contextlib.suppress(OSError):
+            for _ in range(10):
+                connection.send(bytes(1_000_000))
+        assert program.incoming() == [] and connection.ends()
+    with program.connect() as connection:  # a body that came with its header ends where it says
+        assert connection.ask(put(path, b"abc", method=method)).status in (status, 404)
+        assert connection.ask(head("GET", EXISTING)).body == b"there"
+
+
+def test_refused_upload_may_go_on_for_a_while(tmp_path: Path) -> None:
+    """Read on after a refusal while bytes arrive, until a limit of its own."""
+    code = patched("artefacts.LINGER = 1", "artefacts.LINGER_IN_ALL = 4", "artefacts.CLEANUP = 0.1")
+    refused = head("PUT", "/artefacts/app/x", "Content-Length: 1000000000", "If-Match: *")
+    with Program(tmp_path / "data", code=code) as program:
+        with program.connect() as connection:
+            connection.send(refused)
+            for _ in range(10):
+                connection.send(bytes(100_000))
+                time.sleep(0.25)
+            assert connection.answer().is_problem(412) and connection.ends()
+        with program.connect() as silent, program.connect() as endless:
+            silent.send(refused)
+            endless.send(refused)
+            started = time.monotonic()
+            with pytest.raises(OSError, match=r"reset|pipe"):
+                while time.monotonic() < started + 10:
+                    endless.send(bytes(1000))
+                    time.sleep(0.1)
+            assert 3 < time.monotonic() - started < 8
+            with pytest.raises(OSError, match=r"reset|pipe"):  # it was closed, so the client is reset
+                for _ in range(3):
+                    silent.send(b"x")
+                    time.sleep(0.1)
+
+
+def test_no_connection_is_reset_while_idle_ones_are_closed(tmp_path: Path) -> None:
+    timeout = "artefacts.waitress.server.Adjustments."
+    code = patched(f"{timeout}channel_timeout = 1", "artefacts.CLEANUP = 0")
+    request = head("GET", "/artefacts/app/x", "Connection: close")
+
+    def fetch(program: Program) -> int:
+        failed, end = 0, time.monotonic() + 4
+        with contextlib.ExitStack() as opened:
+            while time.monotonic() < end:
+                opened.enter_context(program.connect())  # stays idle
+                for _ in range(20):
+                    try:
+                        failed += program.ask(request).body != b"x"
+                    except OSError:
+                        failed += 1
+        return failed
+
+    with Program(tmp_path / "data", "--quiet", "--no-fsync", code=code) as program:
+        program.ask(put("/artefacts/app/x", b"x"))
+        with concurrent.futures.ThreadPoolExecutor(4) as clients:
+            assert list(clients.map(fetch, [program] * 4)) == [0] * 4
+
+
+SYNTAX = [  # a request, and its status; None: it is closed without an answer
+    *((f"GET {EXISTING} HTTP/{version}\r\nHost: localhost\r\n\r\n", status) for version, status in (
+        ("1.0", 200), ("1.1", 200), ("1.2", 200), ("1.9", 200), ("2.0", 505), ("3.0", 505), ("0.9", 400),
+        ("1", 400), ("1.10", 400), ("x", 400),
+    )),
+    ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), (f"GET {EXISTING}\r\n\r\n", 400),
+    (f"GET {EXISTING}\r\n", 400),
+    ("GET\r\n", 400), (f"GET {EXISTING} HTTP/1.1\r\n\r\n", 400), (f"GET {EXISTING} HTTP/1.0\r\n\r\n", 200),
+    ("GET /nowhere HTTP/1.1\r\n\r\n", 400), ("GET /nowhere HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+    *((f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n", status) for target, status in (
+        ("artefacts/app", 400), ("*", 400), ("localhost:80", 400), ("ftp://localhost/", 400),
+        (f"http://localhost{EXISTING}", 200), (f"HTTP://localhost:80{EXISTING}", 200), ("?x", 400),
+        ("http://localhost", 303), ("http://", 400),
+    )),
+    ("OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", 200), ("CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("FETCH / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501), ("X-Y * HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    (f"GET {EXISTING} HTTP/1.1\nHost: localhost\n\n", 400),
+    (f"GET {EXISTING} HTTP/1.1\r\nHost: localhost\n\r\n", 400),
+    (f"GET {EXISTING} HTTP/1.1\r\nHost: localhost\n\n", 400),
+    *((f"GET {EXISTING} HTTP/1.1\r\nHost: localhost\r\n{field}\r\n\r\n", status) for field, status in (
+        ("X:", 200), ("X: \t y \t", 200), ("X y", 400), ("X : y", 400), (": y", 400), ("X: y\0", 400),
+        ("X: y\r\n z", 400), (" X: y", 400), ("X_Y: z", 200),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SYNTAX)))
+def test_request_syntax(program: Program, number: int) -> None:
+    request, status = SYNTAX[number]
+    with program.connect() as connection:
+        answer = connection.ask(request.encode("latin-1"))
+        assert answer.status == status and (status < 400 or answer.is_problem(status))
+        assert status < 400 or connection.ends()
+
+
+@pytest.mark.parametrize(("body", "is_valid"), [
+    (b"5 ; a = b\r\nhello\r\n0\r\n\r\n", True), (b'5;a="b;\\"\xff";c\r\nhello\r\n0\r\n\r\n', True),
+    (b"5\r\nhello\r\n0;a\t=b\r\nX-Y: \xff z\r\nZ:\r\n\r\n", True),
+    (b"5;=\r\nhello\r\n0\r\n\r\n", False), (b"5;a b\r\nhello\r\n0\r\n\r\n", False),
+    (b"5;a=\r\nhello\r\n0\r\n\r\n", False), (b'5;a="b\r\nhello\r\n0\r\n\r\n', False),
+    (b"5;\r\nhello\r\n0\r\n\r\n", False), (b"5\r\nhello\r\n0\r\nX y\r\n\r\n", False),
+    (b"5\r\nhello\r\n0\r\nX: \0\r\n\r\n", False), (b"5\r\nhello\r\n0\r\nX : y\r\n\r\n", False),
+])  # fmt: skip
+def test_chunk_extensions_and_trailers(program: Program, body: bytes, is_valid: bool) -> None:
+    with program.connect() as connection:
+        answer = connection.ask(head("PUT", "/artefacts/app/chunked", CHUNKED) + body)
+        assert answer.status in (200, 201) if is_valid else answer.is_problem(400)
+        assert not is_valid or connection.ask(head("GET", "/artefacts/app/chunked")).body == b"hello"
+
+
 # == Connections: hostile input ===================================================================
 
 MEGABYTE = b"x" * 1_000_000
@@ -5356,6 +5583,164 @@ def test_concurrent_pushes_and_deletes_in_the_same_folders(pair: list[Program]) 
         assert set().union(*workers.map(work, range(6))) == allowed
     assert pair[0].ask(put(path, b"last")).status in (200, 201)
     assert pair[1].get(path).body == b"last"
+
+
+def last_line(program: Program, part: str) -> str:
+    """Return the log's first line with a text, as soon as there is one."""
+    def found() -> list[str]:
+        return [line for line in program.log.read_text().splitlines() if part in line]
+
+    eventually(found)
+    return found()[0]
+
+
+def test_log_shows_aborted_uploads_and_downloads(tmp_path: Path) -> None:
+    add_file(tmp_path / "data/app/large", bytes(40_000_000))
+    with Program(tmp_path / "data") as program:
+        with start_upload(program):
+            pass
+        assert last_line(program, "PUT /artefacts/app/slow").endswith('HTTP/1.1" 499 -')
+        with program.connect(receive_buffer=4096) as connection:
+            connection.send(head("GET", "/artefacts/app/large")).file.read(100_000)
+        sent = int(last_line(program, "GET /artefacts/app/large").rpartition(" 200 ")[2])
+        assert 90_000 < sent < 40_000_000
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("options", [[], ["--new-token", "x"], ["--verify"]])
+def test_unwritable_standard_output_is_one_line(tmp_path: Path, options: list[str]) -> None:
+    command = [sys.executable, str(PROGRAM), "--data", str(tmp_path), "--port", "0", *options]
+    for redirect in (">/dev/full", ">&-"):
+        shell = ["sh", "-c", f"exec {shlex.join(command)} {redirect}"]
+        ended = subprocess.run(shell, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended
+        assert ended.stderr.startswith("artefacts.py: standard output: "), ended
+
+
+def test_start_errors_say_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = f"--data={tmp_path / 'data'}"
+    assert "300.1.1.1 is neither an address" in start_error(capsys, data, "--host=300.1.1.1")
+    for options in (["--max-size=0"], ["--keep-days=0"], ["--prefix=builds"], ["--trusted-proxy=x"]):
+        with pytest.raises(SystemExit):
+            a.parse_options(options)
+        assert capsys.readouterr().err.count("\n") == 1
+    other = "import sys; sys.getfilesystemencoding = lambda: 'iso8859-1'; "
+    command = [sys.executable, "-c", other + IMPORT + "sys.exit(artefacts.main())"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "UTF-8" in ended.stderr and ended.stderr.count("\n") == 1, ended
+
+
+def test_grace_period_and_harmless_signals(tmp_path: Path) -> None:
+    with Program(tmp_path / "data", "--grace", "1") as program, start_upload(program):
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            program.process.send_signal(number)
+        assert program.get("/artefacts/").status == 200
+        started = time.monotonic()
+        assert program.stop() == 0 and 0.9 < time.monotonic() - started < 4
+
+
+def test_hangup_rereads_the_config(tmp_path: Path) -> None:
+    config, path = tmp_path / "c.toml", "/artefacts/app/x"
+    config.write_text('[anonymous]\nread = ["*"]\nwrite = ["*"]')
+    logged = "artefacts: the old rules stay: .*nonsense.*"
+    with Program(tmp_path / "data", "--config", str(config), logged=logged) as program:
+        assert program.ask(put(path, b"1")).status == 201
+        with program.connect() as running:
+            running.send(head("PUT", path, "Content-Length: 1"))
+            running.send(b"")
+            config.write_text(config.read_text() + '\n[[directory]]\nname = "app"\nwrite_once = true')
+            time.sleep(0.2)
+            program.process.send_signal(signal.SIGHUP)
+            eventually(lambda: program.ask(put(path, b"2")).status == 409)
+        config.write_text("nonsense = 1")
+        program.process.send_signal(signal.SIGHUP)
+        last_line(program, "the old rules stay")
+        assert program.ask(put(path, b"3")).status == 409 and program.get(path).body == b"1"
+
+
+def test_sweep_deletes_what_keep_days_says(tmp_path: Path) -> None:
+    data, config = tmp_path / "data", tmp_path / "c.toml"
+    config.write_text('[[directory]]\nname = "kept"\nkeep_days = 999999')
+    for name in ("app/old", "kept/old"):
+        add_file(data / name, b"x")
+    Path(data / "app/new").write_bytes(b"x")
+    command = [sys.executable, str(PROGRAM), "--data", str(data), "--keep-days=30", f"--config={config}"]
+
+    def sweep(*options: str) -> str:
+        asked = [*command, "--sweep", *options]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+
+    os.utime(data / "app/old", ns=(0, a.version_time(T1) * 1000))
+    assert sweep("--dry-run") == f"app/old {T1}\n" and (data / "app/old").exists()
+    assert sweep() == f"app/old {T1}\n" and not (data / "app/old").exists()
+    assert (data / "app/new").exists() and (data / "kept/old").exists() and sweep() == ""
+
+
+def test_program_sweeps_while_it_runs(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    add_file(data / "app/old", b"x")
+    code = patched("artefacts.SWEEP_EVERY = 0.2")
+    logged = "artefacts: keep_days: deleted app/old.? .*"
+    with Program(data, "--keep-days=30", code=code, logged=logged) as program:
+        last_line(program, "deleted app/old ")
+        add_file(data / "app/old2", b"x")
+        last_line(program, "deleted app/old2 ")
+        assert program.get("/artefacts/app").status == 200
+
+
+@contextlib.contextmanager
+def printing_url(command: list[str]) -> Iterator[int]:
+    """Run a program that prints a URL, and yield its port. Assert that SIGTERM stops it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield urlsplit(process.stdout.readline()).port or 0
+            process.terminate()
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="no IPv6 here")
+@pytest.mark.parametrize("hosts", [["localhost"], ["::"], ["127.0.0.1", "::1"]])
+def test_several_addresses(tmp_path: Path, hosts: list[str]) -> None:
+    options = [f"--host={host}" for host in hosts]
+    command = [sys.executable, str(PROGRAM), f"--data={tmp_path / 'data'}", "--port=0", "--open", *options]
+    with printing_url(command) as port:
+        for address in ("127.0.0.1", "::1"):
+            with socket.create_connection((address, port), 5) as connection:
+                connection.sendall(head("GET", "/artefacts/", "Connection: close"))
+                assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+
+
+def test_prefix_precedes_every_link(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), f"--data={tmp_path / 'data'}", "--port=0", "--prefix=/büilds/x"]
+    prefix = "/b%C3%BCilds/x"
+    with printing_url(command) as port:
+        for before in ("", prefix.lower()):
+            with Connection(port) as connection:
+                answer = connection.ask(put(f"{before}/artefacts/app/x", b"x"))
+                assert json.loads(answer.body)["href"] == f"{prefix}/artefacts/app/x"
+                assert before or answer.headers["Location"] == f"{prefix}/artefacts/app/x"
+                assert connection.ask(head("GET", f"{before}/")).headers["Location"] == f"{prefix}/artefacts/"
+
+
+@pytest.mark.parametrize(("forwarded", "logged"), [
+    ("192.0.2.1", "192.0.2.1"), ("203.0.113.9, 192.0.2.1, 10.0.0.3", "192.0.2.1"), ("10.1.1.1", "10.1.1.1"),
+    ("192.0.2.1, nonsense, 10.0.0.3", "10.0.0.3"), ("2001:db8::1", "2001:db8::1"), ("", "127.0.0.1"),
+])  # fmt: skip
+def test_address_from_a_trusted_proxy(forwarded: str, logged: str) -> None:
+    proxies = [ipaddress.ip_network(network) for network in ("127.0.0.1", "10.0.0.0/8")]
+    assert a.client_address("127.0.0.1", forwarded.split(","), proxies) == logged
+    assert a.client_address("192.0.2.7", forwarded.split(","), proxies) == "192.0.2.7"
+
+
+def test_log_shows_the_address_from_a_trusted_proxy(tmp_path: Path) -> None:
+    logged = '192.0.2.1 - .*'
+    with Program(tmp_path / "data", "--trusted-proxy=127.0.0.0/8") as program:
+        program.logged = re.compile(logged)
+        program.get("/artefacts/", "X-Forwarded-For: 198.51.100.1, 192.0.2.1, 127.0.0.9")
+        assert last_line(program, "GET /artefacts/").startswith("192.0.2.1 - ")
 
 
 # == The README ===================================================================================
