@@ -2240,8 +2240,8 @@ class Gate:
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
         name, guarded = match[1].lower(), self.settings.loopback and not self.settings.config.token
-        known = is_loopback(name) or name in self.settings.hosts or name == self.settings.pages_host
-        if guarded and host is not None and not known:
+        public = name != "" and name in (self.settings.pages_host, *self.settings.hosts)
+        if guarded and host is not None and not is_loopback(name) and not public:
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
     def check_origin(self, environ: WSGIEnvironment) -> None:
