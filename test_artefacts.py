@@ -3428,7 +3428,7 @@ def test_health_of_a_data_directory_that_cannot_be_written(data: Path) -> None:
     fill(data, "secret-name")
     (data / ".incoming").mkdir()
     (data / ".incoming").chmod(0o555)
-    logged = r"artefacts: (the data directory cannot be used|GET /healthz).*"
+    logged = r"artefacts: (the data directory cannot be used|GET /healthz|'secret-name' has versions).*"
     with Program(data, before=without_privileges(), logged=logged) as program:
         answer = program.get("/healthz")
         assert answer.is_problem(503) and answer.headers["Retry-After"] == "5"
@@ -5619,7 +5619,7 @@ def test_unwritable_standard_output_is_one_line(tmp_path: Path, options: list[st
 
 def test_start_errors_say_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     data = f"--data={tmp_path / 'data'}"
-    assert "300.1.1.1 is neither an address" in start_error(capsys, data, "--host=300.1.1.1")
+    assert "300.1.1.1' does not appear to be an IPv4" in start_error(capsys, data, "--host=300.1.1.1")
     for options in (["--max-size=0"], ["--keep-days=0"], ["--prefix=builds"], ["--trusted-proxy=x"]):
         with pytest.raises(SystemExit):
             a.parse_options(options)

@@ -348,7 +348,8 @@ def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ], check=True, capture_output=True)  # fmt: skip
     (folder / "tokens.toml").write_text(TOKENS)
     data, options = fill(folder / "data", "public", "app-1"), f"--no-fsync --config={folder}/tokens.toml"
-    with Program(data, *options.split(" ")) as program, contextlib.ExitStack() as stack:
+    logged = "artefacts: '.*' has versions: keep_versions = 0 makes a push erase them"
+    with Program(data, *options.split(" "), logged=logged) as program, contextlib.ExitStack() as stack:
         start, frame, command = PROXIES[request.param]
         server = block(start)
         for name, other in (
