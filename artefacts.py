@@ -1745,7 +1745,8 @@ class Repository(Reader):
         except (FileNotFoundError, BlockingIOError):  # removed by another process; in use
             pass
         except OSError as error:
-            log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
+            if error.errno != errno.ENOTEMPTY:  # another process moves folders into it while it removes them
+                log.warning("%s/%s/%s cannot be removed: %s", self.root, own, name, error)
 
     def check_health(self) -> None:
         """Write, fsync, read and remove a staging file. OSError, Unavailable, OutOfSpace."""
