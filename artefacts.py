@@ -2023,6 +2023,12 @@ row_json = functools.lru_cache(CACHED_ROWS)(artefact_json)
 json_string = json.encoder.encode_basestring_ascii
 
 
+def is_navigation(req: falcon.Request) -> bool:
+    """Return whether a person's browser opens the page: no script of a page, and no other program."""
+    return "1" in req.get_header("Upgrade-Insecure-Requests", default="") or (
+        req.get_header("Sec-Fetch-Mode") == "navigate")
+
+
 # == Access: who may do what, and which rules hold for a directory ================================
 
 HEALTH = "/healthz"
@@ -2290,12 +2296,12 @@ body { max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere;
 h1 { font-size: 1.4rem; margin: 0 auto 0 0; } header { margin-bottom: 1rem; }
 a { color: var(--blue); text-decoration: none; &:is(:hover, h1 *, p *) { text-decoration: underline; } }
 .bar, li { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
-#question { flex: 1 0 100%; } #status { flex: 1; margin: 0; } #search { flex: 1; }
+#question { flex: 1 0 100%; } #status, #search { flex: 1; margin: 0; }
 [hidden] { display: none !important; } ::placeholder { opacity: 1; }
 label, input { max-width: 100%; } input[type=file] { width: 14rem; }
 ul { padding: 0; margin: 0; content-visibility: auto; contain-intrinsic-height: auto 200rem; }
-:is(.stored, .failed) progress { display: none; } #uploads:not(:empty) { margin-bottom: 1rem; }
-:is(li, #total) { padding: 2px; :is(bdi, span) { flex: 1 1 12rem; } }
+#uploads:not(:empty) { margin-bottom: 1rem; } :is(li, #total) :is(bdi, span) { flex: 1 1 12rem; }
+:is(.stored, .failed) progress, :not(.failed) > [name=retry], :not(.open) > [name=cancel] { display: none; }
 button, input { font: inherit; color: inherit; background: var(--paper); border: var(--edge);
   border-radius: .4rem; padding: .2rem .7rem; box-sizing: border-box; }
 button { cursor: pointer; &:disabled { cursor: auto; } &:hover:enabled { background: #8882; } }
@@ -2314,8 +2320,9 @@ td:last-child { display: flex; flex-wrap: wrap; align-items: start; }
 :is(td, th) button { border: 0; padding: 0 .8rem 0 0; min-height: 1.5rem; background: none; font: inherit; }
 [aria-sort=ascending] button::after { content: " ▲"; }
 [aria-sort=descending] button::after { content: " ▼"; } .deleted a { text-decoration: line-through; }
-:is(.fixed, .deleted) [name=delete] { display: none; } .failed span { color: var(--red) !important; }
+.deleted [name=delete], .fixed ~ [name=delete] { display: none; }
 time, output, span, td button:not(:hover), .deleted a, ::placeholder { color: var(--soft); }
+.failed span { color: var(--red); }
 footer { position: sticky; bottom: 0; background: var(--paper); max-height: 6rem; overflow: auto;
   &:not(:has(:empty)) { border-top: var(--edge); padding: .4rem 0; } }
 dialog { max-width: min(32rem, 80vw); background: var(--paper); border: var(--edge); border-radius: .6rem; }
@@ -2333,14 +2340,12 @@ PAGE_END = r"""</main><footer class="bar"><p id="status" role="status"></p>
 <button name="undo" hidden>Undo</button></footer>
 <dialog aria-labelledby="question"><form method="dialog" class="bar"><p id="question"></p>
 <button>Cancel</button><button id="yes" value="yes"></button></form></dialog>
-<template id="line"><li class="open"><bdi></bdi><progress value="0"></progress><span>waiting</span>
-<button name="cancel">Cancel</button></template>
+<template id="line"><li><bdi></bdi><progress value="0"></progress><span></span>
+<button name="cancel">Cancel</button><button name="retry">Retry</button></template>
 <script type="module">
 const find = (query, within = document) => within.querySelector(query);
-const buttons = find("#buttons"), form = find("#upload"), into = find("#into"), files = find("#files");
-const tree = find("#tree"), total = find("#total"), search = find("#search"), table = find("table");
-const undo = find("[name=undo]"), statusText = find("#status");
-const digits = new Intl.NumberFormat("en", {maximumSignificantDigits: 3});
+const buttons = find("#buttons"), form = find("#upload"), total = find("#total"), table = find("table");
+const search = find("#search"), undo = find("[name=undo]"), statusText = find("#status");
 const natural = new Intl.Collator("en", {numeric: true});
 const ages = new Intl.RelativeTimeFormat("en", {style: "short"});
 const isolate = (name) => `\u2068${name}\u2069`;  // its writing direction does not change the text around it
@@ -2352,12 +2357,15 @@ function say(text, offerUndo = false) {
 }
 function size(bytes) {
   const power = bytes < 1000 ? 0 : Math.floor(Math.log10(bytes) / 3);
-  return `${digits.format(bytes / 1000 ** power)} ${["B", "kB", "MB", "GB", "TB", "PB"][power]}`;
+  return `${Number((bytes / 1000 ** power).toPrecision(3))} ${["B", "kB", "MB", "GB", "TB", "PB"][power]}`;
 }
 function age(time) {
   const minutes = Math.floor(Math.max(0, Date.now() - new Date(time)) / 60000);
   const [unit, length] = minutes < 60 ? ["minute", 1] : minutes < 2880 ? ["hour", 60] : ["day", 1440];
   return minutes < 1 ? "just now" : ages.format(-Math.floor(minutes / length), unit);
+}
+function nameButtons(row, name) {
+  for (const button of row.querySelectorAll("button")) button.ariaLabel = `${button.textContent} ${name}`;
 }
 // Drop credentials (fetch refuses them, and nobody should copy them). Encode what shells and curl interpret.
 const plainUrl = (url, {origin, pathname, search} = new URL(url)) =>
@@ -2373,18 +2381,18 @@ addEventListener("unhandledrejection", (event) => { event.preventDefault(); say(
 
 // The rows. A complete listing is filtered and sorted here, a cut one (a part of many rows) by the server.
 const view = {filter: "", sort: "", descending: false, ...history.state};  // Back restores it
-const isCut = () => Boolean(find("[rel=next]")) || new URL(location).searchParams.has("after");
-let rows = [], cut = isCut(), turn = 0, typing = 0, erased = [];
+const cut = Boolean(find("[rel=next]")) || /[?&](after|limit)=/.test(location.search);
+let rows = [], turn = 0, typing = 0, erased = [];
 
 function readRows() {
   rows = [...table.querySelectorAll("tbody tr")].map((row) => {
     const link = find("a", row), name = link.textContent, time = find("time", row);
-    const [, size, , digest] = row.cells, sha256 = digest?.title ?? "";
+    const [, size, , digest] = row.cells, sha256 = digest?.title;
     if (sha256) digest.innerHTML = `<button name="sha256" title="Copy">${digest.textContent}</button>`;
     row.lastElementChild.append(buttons.content.cloneNode(true));
-    for (const button of row.querySelectorAll("button")) button.ariaLabel = `${button.textContent} ${name}`;
-    if (time) [time.title, time.textContent] = [`${time.textContent} UTC`, age(time.dateTime)];
-    return {row, name, sha256, url: plainUrl(link.href), time: time?.dateTime, size: parseInt(size.title)};
+    nameButtons(row, name);
+    [time.title, time.textContent] = [`${time.textContent} UTC`, age(time.dateTime)];
+    return {row, name, sha256, url: plainUrl(link.href), time: time.dateTime, size: parseInt(size.title)};
   });
   arrange();
 }
@@ -2406,26 +2414,25 @@ function filterRows() {
   const words = cut ? [] : view.filter.toLowerCase().split(/\s+/);
   for (const {row, name, sha256} of rows)
     row.hidden = !words.every((word) => name.toLowerCase().includes(word)
-      || word.length >= 12 && sha256.startsWith(word));  // the table shows 12 characters of a digest
+      || word.length >= 12 && sha256?.startsWith(word));  // the table shows 12 characters of a digest
   for (const body of table.tBodies) {  // of 100 rows; its height is estimated until it is in sight
     const shown = [...body.rows].filter(({hidden}) => !hidden).length;
     body.hidden = !shown && body.rows.length > 0;
     body.style.setProperty("--rows", shown);
   }
-  countRows();
+  if (search) countRows();
 }
-const present = () => rows.filter(({row}) => row.className !== "deleted");
-const shownRows = () => present().filter(({row}) => !row.hidden);
+const shownRows = () => rows.filter(({row}) => !row.hidden && row.className !== "deleted");
 function countRows() {
-  if (!search) return;
   const shown = shownRows().length, more = find("[rel=next]") ? " and more" : "";
   const part = view.filter ? `${more} found by the server` : " of more; the server filters and sorts";
-  find("output").value = shown + (cut ? part : ` of ${present().length}`);
+  const all = rows.filter(({row}) => row.className !== "deleted").length;
+  find("output").value = shown + (cut ? part : ` of ${all}`);
   const several = find("[name=deleteShown]");
   if (several) [several.hidden, several.textContent] = [!view.filter || !shown, `Delete the ${shown} shown`];
 }
-function update(show) {  // after a change of the view
-  history.replaceState(view, "");
+function changeView(change, show) {
+  history.replaceState(Object.assign(view, change), "");
   clearTimeout(typing);
   if (cut) typing = setTimeout(refresh, 200); else show();
 }
@@ -2433,19 +2440,18 @@ const pattern = (text) => `*${text.trim().replace(/[*?[]|\p{L}|\s+/gu, (sign) =>
   sign.trim() ? `[${sign.toLowerCase()}${sign.toUpperCase()}]` : "*")}*`;  // a shell pattern without case
 async function refresh() {
   const mine = ++turn, url = new URL(location), query = url.searchParams;
-  const asked = cut && (view.filter || view.sort);  // the server filters or sorts
   if (cut && !query.has("limit")) query.set("limit", 1000);
-  if (asked) query.delete("after");
-  if (asked && view.filter) query.set("match", pattern(view.filter));
-  if (asked && view.sort) query.set("sort", "newest");
+  if (cut && (view.filter || view.sort)) {  // of all rows, not of this part
+    query.delete("after");
+    query.set("match", pattern(view.filter));
+    if (view.sort) query.set("sort", "newest");
+  }
   const text = await (await request("GET", url, {Accept: "text/html"})).text();
   const fresh = find("table", new DOMParser().parseFromString(text, "text/html"));
   if (!fresh) throw "The answer is no listing. Load the page again.";
   if (mine !== turn) return;  // a newer request is under way
   const focused = document.activeElement, name = rows.find(({row}) => row.contains(focused))?.name;
   table.replaceChildren(table.tHead, ...fresh.tBodies, fresh.tFoot);
-  if (!asked) cut = isCut();
-  if (cut && !asked && (view.filter || view.sort)) return refresh();
   readRows();
   const same = rows.find((row) => row.name === name)?.row;
   if (same) find(focused.name ? `[name=${focused.name}]` : "a", same)?.focus();
@@ -2464,8 +2470,8 @@ function copy(text, what) {  // navigator.clipboard exists on https and localhos
 }
 async function erase(chosen, question) {
   if (!await ask(question, "Delete")) return;
-  const failures = [], next = chosen.at(-1).row.nextElementSibling ?? chosen[0].row.previousElementSibling;
-  const kept = "kept" in buttons.dataset;
+  const next = chosen.at(-1).row.nextElementSibling ?? chosen[0].row.previousElementSibling;
+  const kept = Boolean(find("[name=deleted]")), failures = [];
   erased = [];
   for (const artefact of chosen) {
     const condition = artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {};
@@ -2475,7 +2481,7 @@ async function erase(chosen, question) {
   }
   for (const {row} of erased) if (kept) row.className = "deleted"; else row.remove();
   rows = rows.filter(({row}) => row.isConnected);
-  countRows();
+  filterRows();
   const note = kept ? ` ${erased.length === 1 ? "Its" : "Their"} versions are kept.` : "";
   if (erased.length) failures.unshift(`${areNow(erased)} deleted.${note}`);
   say(list(failures), kept && erased.length);
@@ -2486,14 +2492,13 @@ const actions = {  // by the names of the buttons
   curl: ({url}) => copy(`curl -fOJ '${url}'`, "curl command"),
   sha256: ({sha256}) => copy(sha256, "SHA-256"),
   sort(_, {value}) {
-    view.descending = view.sort === value ? !view.descending : value !== "name";
-    view.sort = value;
-    if (cut && (value !== "time" || !view.descending)) [view.sort, view.descending] = ["", false];
-    update(arrange);
+    const descending = view.sort === value ? !view.descending : value !== "name";
+    const known = !cut || value === "time" && descending;  // the server's only order by request
+    changeView(known ? {sort: value, descending} : {sort: "", descending: false}, arrange);
   },
-  async restore({name}, button) {
+  async restore({name}, {form: {action}}) {
     if (!await ask(`Restore ${isolate(name)}?`, "Restore")) return;
-    await request("POST", button.form.action);
+    await request("POST", action);
     await refresh();
     say(`${isolate(name)} is restored.`);
   },
@@ -2504,17 +2509,17 @@ const actions = {  // by the names of the buttons
     say(`${areNow(erased)} restored.`);
   },
   delete(artefact) {
-    const {row, size, time} = artefact, text = row.cells[1].textContent;
+    const {row, name, size, time} = artefact, text = row.cells[1].textContent;
     const what = size >= 0 ? `, ${text}, stored ${age(time)}` : " and everything in it";
-    return erase([artefact], `Delete ${isolate(artefact.name)}${what}?`);
+    return erase([artefact], `Delete ${isolate(name)}${what}?`);
   },
   deleteShown(_, {textContent}, shown = shownRows()) {
     return erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`);
   },
   cancel: (upload) => mark(upload, "failed", "cancelled"),
-  retry: (upload) => retry([upload]),
-  cancelAll: () => uploads.filter(isOpen).forEach(actions.cancel),
-  retryAll: () => retry(uploads.filter(({state}) => state === "failed")),
+  cancelAll: () => inState("open").forEach(actions.cancel),
+  retry: (upload) => pushAll([upload]),
+  retryAll: () => pushAll(inState("failed")),
 };
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button"), action = actions[button?.name];
@@ -2528,52 +2533,47 @@ addEventListener("keydown", (event) => {
   search?.focus();
 });
 
-// Uploads. Each has a line, whose state is open, stored or failed.
-const isOpen = ({state}) => state === "open";
+// Uploads. Each has a line, whose class is its state: open, stored or failed.
 let uploads = [], skipped = 0, totalMeter;
-function progressMeter(start = 0) {  // describes progress, with the speed of the last 5 seconds
-  const samples = [[performance.now(), start]];
+const isOpen = ({row}) => row.className === "open";
+const inState = (state) => uploads.filter(({row}) => row.className === state);
+function progressMeter() {  // describes progress, with the speed of the last 5 seconds
+  const samples = [];
   return (done, all) => {
-    const now = performance.now(), [then, before] = samples[0], speed = (done - before) / (now - then) * 1000;
+    const now = performance.now();
     samples.push([now, done]);
-    while (now - samples[1][0] > 5000) samples.shift();
+    while (now - samples[0][0] > 5000) samples.shift();
+    const [[then, before]] = samples, speed = (done - before) / (now - then) * 1000;  // at first NaN
     const left = (all - done) / speed, [time, unit] = left < 90 ? [left, "second"] : [left / 60, "minute"];
     const text = `${size(done)} of ${size(all)}`, moving = speed > 0 && done < all;
     return moving ? `${text}, ${size(speed)}/s, done ${ages.format(Math.ceil(time), unit)}` : text;
   };
 }
 function report() {
-  const count = (state) => uploads.filter((upload) => upload.state === state).length;
-  const sum = (key) => uploads.reduce((sum, upload) => sum + upload[key], 0);
-  const stored = count("stored"), failed = count("failed"), open = count("open");
-  const [, bar, note, button] = total.children;
-  bar.value = sum("sent") / sum("size") || 0;
-  note.textContent = `${stored + failed} of ${uploads.length} files, ${totalMeter(sum("sent"), sum("size"))}`;
-  [button.name, button.textContent] = open ? ["cancelAll", "Cancel all"] : ["retryAll", "Retry all"];
-  [button.hidden, total.hidden] = [!open && !failed, uploads.length < 2];
+  const [open, stored, failed] = ["open", "stored", "failed"].map((state) => inState(state).length);
+  const [sent, all] = ["sent", "size"].map((key) => uploads.reduce((sum, upload) => sum + upload[key], 0));
+  const [, bar, note, cancel, retry] = total.children;
+  bar.value = sent / all || 0;
+  note.textContent = `${stored + failed} of ${uploads.length} files, ${totalMeter(sent, all)}`;
+  [total.hidden, cancel.hidden, retry.hidden] = [uploads.length < 2, !open, open || !failed];
   say(`${stored} stored, ${failed} not, ${open} to go.`
     + (skipped ? ` ${skipped} skipped: their names, or their folders' names, begin with a dot.` : ""));
 }
 function mark(upload, state, text) {
-  const {row, note, button, name, size} = upload;
-  upload.state = row.className = state;
-  upload.sent = state === "open" ? 0 : size;
-  note.textContent = text;
-  [button.name, button.textContent] = state === "failed" ? ["retry", "Retry"] : ["cancel", "Cancel"];
-  [button.ariaLabel, button.hidden] = [`${button.textContent} ${name}`, state === "stored"];
+  upload.row.className = state;
+  upload.note.textContent = text;
+  upload.sent = state === "open" ? 0 : upload.size;
   if (state === "failed") upload.request?.abort();
-  report();
 }
 function addUpload(file, path) {
-  const row = find("#line").content.firstElementChild.cloneNode(true);
-  const [label, bar, note, button] = row.children;
+  const row = find("#line").content.firstElementChild.cloneNode(true), [label, bar, note] = row.children;
   const name = path.join("/"), url = plainUrl(form.action) + path.map(encodeURIComponent).join("/");
   label.textContent = bar.ariaLabel = name;
-  button.ariaLabel = `Cancel ${name}`;
+  nameButtons(row, name);
   const lists = find("#uploads");  // of 100 lines each, for fast layout of 5,000 lines
   if (!(lists.lastElementChild?.childElementCount < 100)) lists.append(document.createElement("ul"));
   lists.lastElementChild.append(row);
-  return {file, row, bar, note, button, name, url, size: file.size, sent: 0, state: "open"};
+  return {file, row, bar, note, name, url, size: file.size};
 }
 async function look(upload) {  // at what the upload would replace; returns whether there is something
   const {headers} = await fetch(upload.url, {method: "HEAD"}).catch(() => new Response());
@@ -2585,9 +2585,9 @@ async function look(upload) {  // at what the upload would replace; returns whet
 }
 async function send(upload) {  // leaves the state at open if a question must be answered first
   const {file, url, bar, note, etag} = upload, meter = progressMeter(), request = new XMLHttpRequest();
-  if (!isOpen(upload)) return;  // it was cancelled
   // Chromium reads an answer only after it has sent the body: the 412 for 30 MB at 3 MB/s took 9.6 s.
-  if (!etag && file.size > 1e6 && await look(upload) || !isOpen(upload)) return;
+  const exists = isOpen(upload) && !etag && file.size > 1e6 && await look(upload);
+  if (exists || !isOpen(upload)) return;  // it may have been cancelled
   upload.request = request;
   request.open("PUT", url);
   request.setRequestHeader(...(etag ? ["If-Match", etag] : ["If-None-Match", "*"]));
@@ -2596,7 +2596,6 @@ async function send(upload) {  // leaves the state at open if a question must be
     upload.sent = loaded;
     bar.value = loaded / total;
     note.textContent = loaded < total ? meter(loaded, total) : "storing…";
-    report();
   };
   request.send(file);
   await new Promise((resolve) => { request.onloadend = resolve; });
@@ -2608,27 +2607,27 @@ async function send(upload) {  // leaves the state at open if a question must be
     const readable = await file.slice(0, 1).arrayBuffer().then(() => true, () => false);
     mark(upload, "failed", readable ? "The connection broke. The file is kept here for another attempt."
       : "The file cannot be read. Was it changed or removed? Choose it again.");
-    upload.button.focus();
+    find("[name=retry]", upload.row).focus();
   }
 }
-async function pushAll(chosen) {  // asks one question before it replaces anything
-  const waiting = chosen.values();
+async function pushAll(chosen, replaces = false) {  // asks one question before it replaces anything
+  for (const upload of chosen) {
+    mark(upload, "open", "waiting");
+    if (!replaces) upload.etag = null;  // of what an earlier attempt would have replaced
+  }
+  const waiting = chosen.values(), reporting = setInterval(report, 100);
   await Promise.all([1, 2, 3].map(async () => { for (const upload of waiting) await send(upload); }));
+  clearInterval(reporting);
+  report();
   refresh();
   const existing = chosen.filter(isOpen);
   if (!existing.length) return;
   const which = chosen.length > 1 ? `${existing.length} of ${chosen.length} files? ` : "";
   const question = `Replace ${which}${list(existing.map(({about}) => about))}${which ? "" : "?"}`;
-  if (await ask(question, "Replace")) return pushAll(existing);
+  if (await ask(question, "Replace")) return pushAll(existing, true);
   for (const upload of existing) mark(upload, "failed", "not replaced");
+  report();
   say(`Nothing was changed: ${list(existing.map(({name}) => isolate(name)))} stayed as before.`);
-}
-function retry(chosen) {
-  for (const upload of chosen) {
-    upload.etag = null;  // ask again before it replaces anything
-    mark(upload, "open", "waiting");
-  }
-  pushAll(chosen);
 }
 async function* filesBelow(entry, folder = []) {  // of a dropped file or folder
   const path = [...folder, entry.name];
@@ -2640,10 +2639,11 @@ async function* filesBelow(entry, folder = []) {  // of a dropped file or folder
 }
 if (form) {
   let dropped = [];  // kept until the folder's name is valid
+  const {into, files, tree} = form, phone = matchMedia("(max-width: 48rem)");
   const fromInput = (file) => ({file, path: (file.webkitRelativePath || file.name).split("/")});
-  files.required = false;  // the folder field may be used instead
-  const phone = matchMedia("(max-width: 48rem)"), fold = find("#fold"), {open} = fold;
+  const fold = find("#fold"), {open} = fold;
   (phone.onchange = () => { fold.open = open && !phone.matches; })();
+  files.required = false;  // the folder field may be used instead
   files.onchange = tree.onchange = () => form.requestSubmit();
   form.onsubmit = (event) => {
     event.preventDefault();
@@ -2653,14 +2653,11 @@ if (form) {
     dropped = [];
     files.value = tree.value = "";
     if (!chosen.length) return say("Choose files or a folder first.");
-    if (!uploads.some(isOpen)) {
-      uploads = uploads.filter(({state}) => state === "failed");  // they can be tried again
-      [skipped, totalMeter] = [0, progressMeter(uploads.reduce((sum, upload) => sum + upload.size, 0))];
-    }
+    if (!uploads.some(isOpen))  // keep those that can be tried again
+      [uploads, skipped, totalMeter] = [inState("failed"), 0, progressMeter()];
     skipped += chosen.length - wanted.length;
     const added = wanted.map(({file, path}) => addUpload(file, [...folder, ...path]));
     uploads.push(...added);
-    report();
     pushAll(added);
   };
   for (const type of ["dragover", "dragleave", "drop"]) document.addEventListener(type, async (event) => {
@@ -2679,7 +2676,7 @@ if (form) {
 }
 if (search) {
   search.value = view.filter;
-  search.oninput = () => { view.filter = search.value; update(filterRows); };
+  search.oninput = () => changeView({filter: search.value}, filterRows);
 }
 if (buttons) {
   readRows();
@@ -2688,7 +2685,13 @@ if (buttons) {
 }
 </script>
 """
-
+PAGE_POLICY = (  # allows only our style and script, by their hashes
+    "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+).format(*(
+    base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    for text in re.findall(r"(?s)<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE_HEAD + PAGE_END)
+))
 UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary>
 <form id="upload" class="bar" method="post" enctype="multipart/form-data" action="%s">
 <label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
@@ -2697,19 +2700,22 @@ UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary>
 <label class="script">or a folder <input id="tree" type="file" webkitdirectory></label><button>Upload</button>
 <span class="script">or drop them on this page.</span></form></details>
 <div id="total" class="bar" hidden><bdi>All files</bdi><progress value="0" aria-label="All files"></progress>
-<span></span><button></button></div><div id="uploads"></div>
-"""
+<span></span><button name="cancelAll">Cancel all</button><button name="retryAll">Retry all</button></div>
+<div id="uploads"></div>"""
 FILTER = """<div class="bar"><input id="search" class="script" type="search" autocomplete="off"
  aria-label="%s" placeholder="%s"><output class="script" for="search"></output>"""
-BUTTON = '<button type="button" name="{}">{}</button>'  # only the script handles it
-SORT_BUTTON = '<th><button type="button" name="sort" value="{}">{}</button>'
-DIRECTORIES = "<thead><tr>" + SORT_BUTTON.format("name", "Name") + SORT_BUTTON.format("time", "Changed")
-FILES = "<thead><tr>" + SORT_BUTTON.format("name", "Name") + SORT_BUTTON.format("size", "Size") + (
-    SORT_BUTTON.format("time", "Stored") + "<th>SHA-256")
-COPY_BUTTONS = BUTTON.format("link", "Link") + BUTTON.format("curl", "curl")
-RESTORE_FORM = '<form method="post" action="%s"><button name="restore">Restore</button></form>'
-DOWNLOADS = """<span>Download all:</span> <button name="format" value="zip">zip</button>
-<button name="format" value="tar">tar</button><button name="format" value="sha256sums">checksums</button>"""
+DOWNLOADS = """<form class="bar" action="%s"><span>Download all:</span>
+<button name="format" value="zip">zip</button> <button name="format" value="tar">tar</button>
+<button name="format" value="sha256sums">checksums</button>%s</form>"""
+DIRECTORIES = """<table class="directories"><thead><tr><th><button name="sort" value="name">Name</button>
+<th><button name="sort" value="time">Changed</button><td></thead><tbody>"""
+FILES = """<table class="files"><thead><tr><th><button name="sort" value="name">Name</button>
+<th><button name="sort" value="size">Size</button><th><button name="sort" value="time">Stored</button>
+<th>SHA-256<td></thead><tbody>"""
+VERSIONS_FORM = '<form action="{}"><button name="versions">Versions</button></form>'
+RESTORE_FORM = '<form method="post" action="{}"><button name="restore">Restore</button></form>'
+FIXED = '<span class="fixed">{}</span> '  # the row cannot be deleted
+COPY_BUTTONS = '<button name="link">Link</button><button name="curl">curl</button>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -2731,26 +2737,9 @@ class PageView:
     with_digests: bool = False  # links end in #sha256= (only for pip and its like; it breaks other programs)
 
 
-@functools.cache
-def page_policy() -> str:
-    """Return the Content-Security-Policy of a page: it allows only our style and script, by their hashes."""
-    inline = re.findall(r"<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE_HEAD + PAGE_END, re.S)
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
-    return (
-        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; "
-        "img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ).format(*hashes)
-
-
-def is_navigation(req: falcon.Request) -> bool:
-    """Return whether a person's browser opens the page: no script of a page, and no other program."""
-    return "1" in req.get_header("Upgrade-Insecure-Requests", default="") or (
-        req.get_header("Sec-Fetch-Mode") == "navigate")
-
-
 def render_page(resp: falcon.Response, pieces: Iterable[str]) -> None:
     resp.content_type = "text/html; charset=utf-8"
-    resp.set_header("Content-Security-Policy", page_policy())
+    resp.set_header("Content-Security-Policy", PAGE_POLICY)
     resp.data = "".join(pieces).encode()
 
 
@@ -2775,48 +2764,43 @@ def page_start(view: PageView, *names: str) -> str:
 
 def page_rows(view: PageView, columns: str, rows: Iterable[str]) -> Iterator[str]:
     """Generate a table and the end of the page. The script adds the buttons of the template to each row."""
-    yield f'<table class="{"files" if columns == FILES else "directories"}">{columns}<td></thead><tbody>'
+    yield columns
     for at, row in enumerate(rows):  # in groups of 100, for fast layout: a sort of 10,000 rows takes 0.4 s
         yield row if at % 100 or not at else f"<tbody>{row}"
     more = f'<tr><td><a rel="next" href="{escape(view.next_url)}">More</a>' if view.next_url else ""
     buttons = COPY_BUTTONS if columns == FILES else ""
     if view.may_erase and not view.deleted:
-        buttons += BUTTON.format("delete", "Delete")
-    kept = " data-kept" if view.keeps_versions else ""
-    yield f'<tfoot>{more}</tfoot></table><template id="buttons"{kept}>{buttons}</template>{PAGE_END}'
+        buttons += '<button name="delete">Delete</button>'
+    yield f'<tfoot>{more}</tfoot></table><template id="buttons">{buttons}</template>{PAGE_END}'
 
 
-def page_row(artefact: Artefact, link: str, name: str, buttons: str, with_digests: bool = False,
-             current: bool = False) -> str:
+def artefact_row(artefact: Artefact, link: str, name: str, buttons: str) -> str:
     """Return the table row of an artefact or a version. `link` is its URL, `buttons` is HTML."""
     size, unit = float(artefact.size), 0
     while size >= 999.5:
         size, unit = size / 1000, unit + 1
     sha256, time = artefact.sha256 or "", artefact.modified
-    fragment = f"#sha256={sha256}" if with_digests and sha256 else ""
     return (
-        f'<tr{" class=fixed" if current else ""}><td role="rowheader"><a href="{link}{fragment}">'
-        f'<bdi>{escape(name)}</bdi></a><td title="{artefact.size} bytes">{size:.3g} {["", *"kMGTPE"][unit]}B'
+        f'<tr><td role="rowheader"><a href="{link}"><bdi>{escape(name)}</bdi></a>'
+        f'<td title="{artefact.size} bytes">{size:.3g} {["", *"kMGTPE"][unit]}B'
         f'<td><time datetime="{time}">{time[:16].replace("T", " ")}</time>'
         f'<td title="{sha256}">{sha256[:12]}<td>{buttons}\n'
     )
 
 
 def directories_page(view: PageView, directories: Iterable[tuple[str, str, bool]]) -> Iterator[str]:
-    """Generate the page of all directories. Each comes with the time of its last change (RFC 3339), and
-    whether the visitor may delete it."""
-
-    def row(name: str, changed: str, may_erase: bool) -> str:
-        link = f'<a href="{href(view.base, name)}"><bdi>{escape(name)}</bdi></a>'
-        time = f'<time datetime="{changed}">{changed[:16].replace("T", " ")}</time>' if changed else ""
-        return f'<tr{"" if may_erase else " class=fixed"}><td role="rowheader">{link}<td>{time}<td>\n'
-
+    """Generate the page of all directories. Each comes with the time of its last change (RFC 3339; "": it was
+    removed meanwhile), and whether the visitor may delete it."""
     yield page_start(view)
     if view.may_push:
         field = 'Directory <input id="into" required'
         yield UPLOAD_FORM % ('class="script" open', f"{view.base}/artefacts/", field)
     yield FILTER % ("Filter directories", "Directory") + "</div>"
-    yield from page_rows(view, DIRECTORIES, itertools.starmap(row, directories))
+    yield from page_rows(view, DIRECTORIES, (
+        f'<tr><td role="rowheader"><a href="{href(view.base, name)}"><bdi>{escape(name)}</bdi></a>'
+        f'<td><time datetime="{changed}">{changed[:16].replace("T", " ")}</time>'
+        f'<td>{"" if may_erase else FIXED.format("")}\n'
+        for name, changed, may_erase in directories if changed))
 
 
 def directory_page(view: PageView, artefacts: Iterable[Artefact]) -> Iterator[str]:
@@ -2825,51 +2809,43 @@ def directory_page(view: PageView, artefacts: Iterable[Artefact]) -> Iterator[st
     def row(artefact: Artefact) -> str:
         name = artefact.id.removeprefix(view.folder)
         link = view.link_base + quoted(name)
-        buttons = f'<form action="{link}"><button name="versions">Versions</button></form>'
-        if not view.deleted:
-            return page_row(artefact, link, name, buttons, view.with_digests)
-        if view.may_erase:
-            buttons += RESTORE_FORM % f"{link}?restore={artefact.version}"
-        return page_row(artefact, f"{link}?version={artefact.version}", name, buttons)
+        buttons = VERSIONS_FORM.format(link)
+        if view.deleted:
+            restore = RESTORE_FORM.format(f"{link}?restore={artefact.version}") if view.may_erase else ""
+            return artefact_row(artefact, f"{link}?version={artefact.version}", name, buttons + restore)
+        fragment = f"#sha256={artefact.sha256}" if view.with_digests and artefact.sha256 else ""
+        return artefact_row(artefact, link + fragment, name, buttons)
 
-    names = [view.directory, *filter(None, view.folder.split("/")), *["deleted"][: view.deleted]]
-    yield page_start(view, *names)
-    erases = view.may_erase and not view.deleted
-    if view.may_push and not view.deleted:
-        folded = "open" if erases else ""  # nothing can be replaced in a write-once directory
-        yield UPLOAD_FORM % (folded, view.link_base or "./", 'Folder <input id="into" placeholder="optional"')
-    yield FILTER % ("Filter", "Name or SHA-256")
-    yield ('<button type="button" class="script" name="deleteShown" hidden></button>' if erases else "")
-    if not view.deleted:
-        deleted = '<button name="deleted">Show deleted</button>' if view.keeps_versions else ""
-        yield f'<form class="bar" action="{view.link_base or "./"}">{DOWNLOADS}{deleted}</form>'
+    yield page_start(view, view.directory, *view.folder.split("/")[:-1], *["deleted"][: view.deleted])
+    yield FILTER % ("Filter", "Name or SHA-256") if view.deleted else directory_controls(view)
     yield "</div>"
     yield from page_rows(view, FILES, map(row, artefacts))
 
 
+def directory_controls(view: PageView) -> str:
+    """Return what stands above the artefacts of a directory or a folder: forms, filter and downloads."""
+    action = view.link_base or "./"
+    folded = "open" if view.may_erase else ""  # nothing can be replaced in a write-once directory
+    upload = UPLOAD_FORM % (folded, action, 'Folder <input id="into" placeholder="optional"')
+    delete = '<button name="deleteShown" hidden></button>' if view.may_erase else ""
+    deleted = '<button name="deleted">Show deleted</button>' if view.keeps_versions else ""
+    controls = FILTER % ("Filter", "Name or SHA-256") + delete + DOWNLOADS % (action, deleted)
+    return upload + controls if view.may_push else controls
+
+
 def versions_page(view: PageView, id: str, versions: Iterable[tuple[Artefact, bool]]) -> Iterator[str]:
     """Generate the page of an artefact's versions. Each comes with whether it is the current one."""
-
-    def row(artefact: Artefact, current: bool) -> str:
-        restore = RESTORE_FORM % f"?restore={artefact.version}" if view.may_erase else ""
-        link = href(view.base, view.directory, id, artefact.version)
-        buttons = "<span>current</span> " if current else restore
-        return page_row(artefact, link, artefact.version, buttons, current=current)
-
+    restore = RESTORE_FORM if view.may_erase else ""
     yield page_start(view, view.directory, id)
-    yield from page_rows(replace(view, keeps_versions=False), FILES, itertools.starmap(row, versions))
+    yield from page_rows(view, FILES, (
+        artefact_row(artefact, href(view.base, view.directory, id, artefact.version), artefact.version,
+                     FIXED.format("current") if current else restore.format(f"?restore={artefact.version}"))
+        for artefact, current in versions))
 
 
-def refusals_page(view: PageView, refused: Iterable[Mapping[str, Any]]) -> str:
-    """Return the page that says why files of a form were refused, for browsers without the script."""
-    row = "<li><bdi>{}</bdi><span>{}</span>"
-    rows = "".join(row.format(escape(file["id"] or ""), escape(file["detail"])) for file in refused)
-    return error_page(view, "Not everything was stored", f"<ul>{rows}</ul>", href(view.base, view.directory))
-
-
-def error_page(view: PageView, title: str, content: str, back: str) -> str:
-    """Return the page of a failed navigation. `content` is HTML, `back` a URL."""
-    return f'{page_start(view, title)}{content}<p><a href="{back}">Back</a></p></main>'
+def error_page(view: PageView, title: str, detail: str, back: str) -> str:
+    """Return the page of a failed navigation. `back` is a URL."""
+    return f'{page_start(view, title)}<p>{escape(detail)}</p><p><a href="{back}">Back</a></p></main>'
 
 
 # == Errors as responses ==========================================================================
@@ -2938,8 +2914,7 @@ def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, p
         base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
         back = f"{base}{up}/" if re.match("/artefacts?(/|$)", up) else f"{base}/artefacts/"
         view = PageView(base=base, may_sign_in=code == 401)
-        status = falcon.code_to_http_status(code)
-        render_page(resp, [error_page(view, status, f"<p>{escape(detail)}</p>", back)])
+        render_page(resp, [error_page(view, falcon.code_to_http_status(code), detail, back)])
 
 
 def render_problem(req: falcon.Request, resp: falcon.Response, error: Exception) -> tuple[int, str]:
@@ -3116,7 +3091,9 @@ class Resource:
             type = "application/problem+json" if problem["refused"] else falcon.MEDIA_JSON
             render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": stored}), type)
         elif problem["refused"]:  # a browser without script
-            render_page(resp, [refusals_page(self.page_view(req, directory), problem["refused"])])
+            title, detail = "Not everything was stored", f"{target or 'The form'}: {problem['detail']}"
+            view, back = self.page_view(req, directory), href(base, directory)
+            render_page(resp, [error_page(view, title, detail, back)])
         else:
             raise falcon.HTTPSeeOther(href(base, directory))
 
