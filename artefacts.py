@@ -1280,13 +1280,14 @@ class Reader:
             if id.startswith(prefix) and id > after:
                 try:
                     with self.fetch(directory, id, newest[id]) as content:
-                        if self.current(directory, check_names(directory, id)) is None:
-                            yield content.artefact
+                        segments = check_names(directory, id)
+                        with self.current(directory, segments) or contextlib.nullcontext() as current:
+                            if current is None:
+                                yield content.artefact
                 except (NotFound, InvalidName):
                     pass
                 except OSError as error:
                     self._report(directory, [(id, error)], None)
-
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -2943,7 +2944,7 @@ ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, 
 MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epoch: the years 1980 to 2107
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
 SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
-SOON = 0.25  # seconds: in between it depends on whether it is complete by then
+SOON = 0.25  # seconds of CPU: in between it depends on whether it is complete by then
 
 Read = Callable[[int], bytes]  # returns at most so many bytes, and none at the end
 
@@ -3557,12 +3558,12 @@ def render_stored(req: falcon.Request, resp: falcon.Response, artefact: Artefact
 def send_texts(req: falcon.Request, resp: falcon.Response, texts: Iterable[str]) -> None:
     """Send a listing: a short one as a whole, which needs 0.95 of the time; a long one as a stream, which is
     made while it is sent. Raise what its first rows raise."""
-    texts, deadline = iter(texts), time.monotonic() + SOON
+    texts, deadline = iter(texts), time.thread_time() + SOON
     pieces = iter(lambda: "".join(itertools.islice(texts, ROWS_AT_ONCE)).encode(), b"")
     start = bytearray()
     for piece in pieces:
         start += piece
-        if len(start) > LONG or (len(start) > SHORT and time.monotonic() > deadline):
+        if len(start) > LONG or (len(start) > SHORT and time.thread_time() > deadline):
             resp.data = None
             resp.stream = itertools.chain((bytes(start),), pieces) if req.method == "GET" else iter(())
             return

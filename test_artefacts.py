@@ -3520,6 +3520,19 @@ def test_name_for_pages_serves_nothing_else(pages: Program) -> None:
     assert pages.get(page).body == b"text"
 
 
+def test_listings_leave_no_file_open(client: testing.TestClient, data: Path) -> None:
+    call(client, "PUT /artefacts/app/deleted")
+    call(client, "DELETE /artefacts/app/deleted")
+    targets = [f"app?{query}" for query in (
+        "deleted", "newest", "sort=newest", "limit=1", "match=x*", "format=tar", "format=zip", "format=html",
+        "format=sha256sums", "prefix=f/&limit=1", "deleted&format=html&limit=1",
+    )] + ["app/f/", "app/f", "app/none/", "app/x.txt?versions", ""]  # fmt: skip
+    before = len(os.listdir("/proc/self/fd"))
+    for method, target in itertools.product(("GET", "HEAD"), targets):
+        assert call(client, f"{method} /artefacts/{target}").status_code < 500
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # == Resources over HTTP: curl, as people use it ==================================================
 
 
