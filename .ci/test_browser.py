@@ -1405,7 +1405,7 @@ def test_a_folder_has_a_page(
     browser.find("#files").send_keys(str(tmp_path / "new"))
     browser.until(lambda: browser.names() == [*inside, "sub/new"])
     assert program.get(f"{directory}/1.4 #0/sub/new") == b"new"
-    browser.press("Name", browser.find("thead"))
+    browser.run("arguments[0].scrollIntoView({block: 'center'})", browser.row("sub/new"))
     browser.confirm("Delete", "sub/new")
     browser.until(lambda: "Undo" in browser.texts("button"))
     browser.press("Show deleted")
