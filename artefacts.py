@@ -2301,7 +2301,8 @@ a { color: var(--blue); text-decoration: none; &:is(:hover, h1 *, p *) { text-de
 [hidden] { display: none !important; } ::placeholder { opacity: 1; }
 label, input { max-width: 100%; } input[type=file] { width: 14rem; }
 ul { padding: 0; margin: 0; content-visibility: auto; contain-intrinsic-height: auto 200rem; }
-#uploads:not(:empty) { margin-bottom: 1rem; } :is(li, #total) :is(bdi, span) { flex: 1 1 12rem; }
+#uploads:not(:empty) { margin-bottom: 1rem; }
+:is(li, #total) { padding: 2px; :is(bdi, span) { flex: 1 1 12rem; } }
 :is(.stored, .failed) progress, :not(.failed) > [name=retry], :not(.open) > [name=cancel] { display: none; }
 button, input { font: inherit; color: inherit; background: var(--paper); border: var(--edge);
   border-radius: .4rem; padding: .2rem .7rem; box-sizing: border-box; }
@@ -2316,8 +2317,8 @@ tr { display: grid; grid-template-columns: 1fr 5.5rem 7rem 9.5rem 16rem; border-
 tbody { content-visibility: auto; contain-intrinsic-height: calc(var(--rows, 100) * 2.165rem); }
 tbody tr:hover { background: #8881; } tbody:empty::after { content: "Nothing here yet."; }
 td, th { padding: .3rem .4rem; text-align: left; min-width: 0; } td form { display: contents; }
-td:last-child { display: flex; flex-wrap: wrap; align-items: start; }
-.files :is(td, th):nth-child(2) { text-align: right; } time { white-space: nowrap; }
+td:last-child { display: flex; flex-wrap: wrap; align-items: start; } td span { padding-right: .8rem; }
+.files :is(td, th):nth-child(2) { text-align: right; button { padding: 0; } } time { white-space: nowrap; }
 :is(td, th) button { border: 0; padding: 0 .8rem 0 0; min-height: 1.5rem; background: none; font: inherit; }
 [aria-sort=ascending] button::after { content: " ▲"; }
 [aria-sort=descending] button::after { content: " ▼"; } .deleted a { text-decoration: line-through; }
@@ -2421,10 +2422,6 @@ function filterRows() {
     body.hidden = !shown && body.rows.length > 0;
     body.style.setProperty("--rows", shown);
   }
-  if (search) countRows();
-}
-const shownRows = () => rows.filter(({row}) => !row.hidden && row.className !== "deleted");
-function countRows() {
   const shown = shownRows().length, more = find("[rel=next]") ? " and more" : "";
   const part = view.filter ? `${more} found by the server` : " of more; the server filters and sorts";
   const all = rows.filter(({row}) => row.className !== "deleted").length;
@@ -2432,6 +2429,7 @@ function countRows() {
   const several = find("[name=deleteShown]");
   if (several) [several.hidden, several.textContent] = [!view.filter || !shown, `Delete the ${shown} shown`];
 }
+const shownRows = () => rows.filter(({row}) => !row.hidden && row.className !== "deleted");
 function changeView(change, show) {
   history.replaceState(Object.assign(view, change), "");
   clearTimeout(typing);
@@ -2444,7 +2442,7 @@ async function refresh() {
   if (cut && !query.has("limit")) query.set("limit", 1000);
   if (cut && (view.filter || view.sort)) {  // of all rows, not of this part
     query.delete("after");
-    query.set("match", pattern(view.filter));
+    if (view.filter) query.set("match", pattern(view.filter));
     if (view.sort) query.set("sort", "newest");
   }
   const text = await (await request("GET", url, {Accept: "text/html"})).text();
@@ -2531,7 +2529,7 @@ document.addEventListener("click", (event) => {
 addEventListener("keydown", (event) => {
   if (event.key !== "/" || event.target.closest("input, dialog")) return;
   event.preventDefault();
-  search?.focus();
+  search.focus();
 });
 
 // Uploads. Each has a line, whose class is its state: open, stored or failed.
@@ -2675,15 +2673,11 @@ if (form) {
   });
   addEventListener("beforeunload", (event) => { if (uploads.some(isOpen)) event.preventDefault(); });
 }
-if (search) {
-  search.value = view.filter;
-  search.oninput = () => changeView({filter: search.value}, filterRows);
-}
-if (buttons) {
-  readRows();
-  const [{type}] = performance.getEntriesByType("navigation");  // Back may show old rows
-  addEventListener("pageshow", ({persisted}) => { if (persisted || type !== "navigate") refresh(); });
-}
+search.value = view.filter;
+search.oninput = () => changeView({filter: search.value}, filterRows);
+readRows();
+const [{type}] = performance.getEntriesByType("navigation");  // Back may show old rows
+addEventListener("pageshow", ({persisted}) => { if (persisted || type !== "navigate") refresh(); });
 </script>
 """
 PAGE_POLICY = (  # allows only our style and script, by their hashes
@@ -2818,8 +2812,7 @@ def directory_page(view: PageView, artefacts: Iterable[Artefact]) -> Iterator[st
         return artefact_row(artefact, link + fragment, name, buttons)
 
     yield page_start(view, view.directory, *view.folder.split("/")[:-1], *["deleted"][: view.deleted])
-    yield FILTER % ("Filter", "Name or SHA-256") if view.deleted else directory_controls(view)
-    yield "</div>"
+    yield FILTER % ("Filter", "Name or SHA-256") + "</div>" if view.deleted else directory_controls(view)
     yield from page_rows(view, FILES, map(row, artefacts))
 
 
@@ -2830,14 +2823,14 @@ def directory_controls(view: PageView) -> str:
     upload = UPLOAD_FORM % (folded, action, 'Folder <input id="into" placeholder="optional"')
     delete = '<button name="deleteShown" hidden></button>' if view.may_erase else ""
     deleted = '<button name="deleted">Show deleted</button>' if view.keeps_versions else ""
-    controls = FILTER % ("Filter", "Name or SHA-256") + delete + DOWNLOADS % (action, deleted)
+    controls = FILTER % ("Filter", "Name or SHA-256") + delete + DOWNLOADS % (action, deleted) + "</div>"
     return upload + controls if view.may_push else controls
 
 
 def versions_page(view: PageView, id: str, versions: Iterable[tuple[Artefact, bool]]) -> Iterator[str]:
     """Generate the page of an artefact's versions. Each comes with whether it is the current one."""
     restore = RESTORE_FORM if view.may_erase else ""
-    yield page_start(view, view.directory, id)
+    yield page_start(view, view.directory, id) + FILTER % ("Filter", "Time or SHA-256") + "</div>"
     yield from page_rows(view, FILES, (
         artefact_row(artefact, href(view.base, view.directory, id, artefact.version), artefact.version,
                      FIXED.format("current") if current else restore.format(f"?restore={artefact.version}"))

@@ -3629,6 +3629,22 @@ def test_stored_content_cannot_run_scripts(exposed: Program) -> None:
             assert "script" not in "".join(policy)
 
 
+def test_only_clients_such_as_pip_get_digests_in_links(served: Program) -> None:
+    """Other programs would take the fragment for a part of the name."""
+    served.ask(put("/artefacts/wheels/a%201.whl", b"wheel"))
+    simple, digest = "application/vnd.pypi.simple.v1+html", f"#sha256={sha256(b'wheel')}"
+    for accept, fragment in (
+        (f"application/vnd.pypi.simple.v1+json, {simple};q=0.1, text/html;q=0.01", digest),
+        (simple, digest), ("text/html", ""),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", ""),
+    ):  # fmt: skip
+        for field in "X: y", "Upgrade-Insecure-Requests: 1":
+            page = served.get("/artefacts/wheels/?format=html", f"Accept: {accept}", field).body.decode()
+            assert re.findall(r'rowheader"><a href="([^"]*)"', page) == [f"a%201.whl{fragment}"]
+        versions = served.get("/artefacts/wheels/a%201.whl?versions&format=html", f"Accept: {accept}")
+        assert b"#sha256=" not in versions.body
+
+
 # == Access =======================================================================================
 
 

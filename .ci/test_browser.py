@@ -32,6 +32,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -215,7 +216,9 @@ class Browser:
         self.driver.get(url)
 
     def until(self, condition: Callable[[], Any], seconds: float = 10) -> Any:
-        return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
+        replaced = [StaleElementReferenceException]  # the page was left while the condition looked at it
+        waiting = WebDriverWait(self.driver, seconds, 0.02, ignored_exceptions=replaced)
+        return waiting.until(lambda _: condition())
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -1255,6 +1258,8 @@ def test_the_page_offers_what_the_visitor_may_do(apart: Browser, tmp_path: Path)
         assert offered() == {"Delete", "Restore"}
         apart.open(program.url + "once")
         assert offered() == {"form"} and not apart.find("#upload").is_displayed()
+        apart.open(program.url + "once/a?versions")
+        assert offered() == set() and apart.names()
 
 
 def test_signing_in_once_reveals_everything(apart: Browser, tmp_path: Path) -> None:
@@ -1331,6 +1336,20 @@ def test_a_refused_right_shows_a_page(apart: Browser, tmp_path: Path) -> None:
         apart.until(lambda: apart.texts("h1") == ["Artefacts"])
 
 
+def test_an_unavailable_repository_shows_a_page(apart: Browser, tmp_path: Path) -> None:
+    with running(tmp_path / "data") as program:
+        program.put("a/b")
+        (tmp_path / "data").rename(tmp_path / "moved")
+        for path, back in ("", ""), ("a", ""), ("a/b", "a/"):
+            apart.open(program.url + path)
+            assert apart.texts("h1") == ["Artefacts / 503 Service Unavailable"]
+            assert apart.texts("main p")[0] == program.detail("GET", path)
+            assert apart.find("main a").get_property("href") == program.url + back
+        (tmp_path / "moved").rename(tmp_path / "data")
+        apart.open(program.url + "a")
+        assert apart.names() == ["b"]
+
+
 # == Folders, several artefacts, downloads ========================================================
 
 
@@ -1368,6 +1387,40 @@ def test_a_dropped_folder_keeps_its_paths(
         browser.driver.execute_cdp_cmd("Input.dispatchDragEvent", event)
     browser.until(lambda: browser.names() == ["there", "tree/one.txt", "tree/sub/two.txt"])
     assert browser.status() == SKIPPED
+
+
+def test_a_folder_has_a_page(
+    browser: Browser, program: Program, directory: str, tmp_path: Path
+) -> None:
+    inside = ["linux/app", "notes #1?.txt"]
+    for name in (*(f"1.4 #0/{name}" for name in inside), "other"):
+        program.put(f"{directory}/{name}")
+    (tmp_path / "new").write_text("new")
+    browser.open(f"{program.url}{directory}/{quote('1.4 #0')}")
+    assert browser.driver.current_url == f"{program.url}{directory}/{quote('1.4 #0')}/"
+    assert browser.texts("h1") == [f"Artefacts / {directory} / 1.4 #0"] and browser.names() == inside
+    parents = browser.run("return [...document.querySelectorAll('h1 a')].map(link => link.href)")
+    assert parents == [program.url, f"{program.url}{directory}/"]
+    browser.find("#into").send_keys("sub")
+    browser.find("#files").send_keys(str(tmp_path / "new"))
+    browser.until(lambda: browser.names() == [*inside, "sub/new"])
+    assert program.get(f"{directory}/1.4 #0/sub/new") == b"new"
+    browser.run("arguments[0].scrollIntoView({block: 'center'})", browser.row("sub/new"))
+    browser.confirm("Delete", "sub/new")
+    browser.until(lambda: "Undo" in browser.texts("button"))
+    browser.press("Show deleted")
+    browser.until(lambda: browser.names() == ["sub/new"])
+    assert browser.texts("h1") == [f"Artefacts / {directory} / 1.4 #0 / deleted"]
+    browser.confirm("Restore", "sub/new")
+    browser.until(lambda: browser.names() == [])
+    browser.driver.find_element(By.LINK_TEXT, "1.4 #0").click()
+    browser.until(lambda: browser.names() == [*inside, "sub/new"])
+    browser.press("Versions", browser.row("notes #1?.txt"))
+    browser.until(lambda: browser.texts("h1 bdi")[-1] == "1.4 #0/notes #1?.txt")
+    browser.driver.back()
+    browser.until(lambda: browser.names() == [*inside, "sub/new"])
+    browser.driver.find_element(By.LINK_TEXT, directory).click()
+    browser.until(lambda: len(browser.names()) == 4)
 
 
 def test_it_asks_once_for_many_files_in_a_dialog_that_fits_the_screen(
