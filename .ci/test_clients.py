@@ -348,8 +348,10 @@ def test_cargo_builds_with_a_crate(program: Program, run: Run, run_line: Run, tm
     cargo = {"RUSTUP_HOME": os.environ.get("RUSTUP_HOME", os.path.expanduser("~/.rustup"))}
     run("cargo package -q --manifest-path tiny/Cargo.toml --allow-dirty --no-verify --offline", **cargo)
     crate = (tmp_path / "tiny/target/package/tiny-1.0.0.crate").read_bytes()
-    row = {"name": "tiny", "vers": "1.0.0", "deps": [], "cksum": sha256(crate), "features": {}, "yanked": False}
-    program.put("cargo/config.json", json.dumps({"dl": f"{program.url}cargo/{{crate}}-{{version}}.crate"}).encode())
+    row = {"name": "tiny", "vers": "1.0.0", "deps": [], "features": {}, "yanked": False}
+    row["cksum"] = sha256(crate)
+    config = {"dl": f"{program.url}cargo/{{crate}}-{{version}}.crate"}
+    program.put("cargo/config.json", json.dumps(config).encode())
     program.put("cargo/ti/ny/tiny", json.dumps(row).encode())
     program.put("cargo/tiny-1.0.0.crate", crate)
     needed = '[dependencies]\ntiny = { version = "1", registry = "artefacts" }\n'

@@ -179,7 +179,8 @@ def test_reports(machine: Machine) -> None:
         assert machine.run(f"curl -fsS {second}static/x.js") == "1\n"
         assert "sandbox" not in machine.run(f"curl -fsSI {second}")
         assert "sandbox allow-scripts" in machine.run(f"curl -fsSI {URL}reports/main/")
-        seen = machine.run(f"curl -fsSL -w '%{{url_effective}}' -H 'Upgrade-Insecure-Requests: 1' {URL}reports/main")
+        browser = "curl -fsSL -w '%{url_effective}' -H 'Upgrade-Insecure-Requests: 1'"
+        seen = machine.run(f"{browser} {URL}reports/main")
         assert seen == f"<p>report\n{second}"
         assert '"status": 403' in machine.run("curl -sS http://localhost:8080/artefacts/other/")
 
@@ -272,15 +273,15 @@ def test_under_a_path_of_a_proxy(machine: Machine, name: str) -> None:
     curl = "curl -fsS --cacert tls.pem --resolve artefacts.example:443:127.0.0.1 --interface 127.0.0.9"
     url = "https://artefacts.example/builds/artefacts/app/"
     with (
-        machine.serving(f".venv/bin/python artefacts.py {options}") as log,
+        machine.serving(f".venv/bin/python artefacts.py {options}"),
         machine.serving(f"exec {command.format(folder=folder)}", name="proxy"),
     ):
         machine.run("echo one > one")
-        pushed = machine.run(f"{curl} --retry 60 --retry-connrefused -H 'Origin: https://artefacts.example' -T one {url}")
+        options = "--retry 60 --retry-connrefused -H 'Origin: https://artefacts.example'"
+        pushed = machine.run(f"{curl} {options} -T one {url}")
         assert '"href": "/builds/artefacts/app/one"' in pushed
         assert machine.run(f"{curl} {url}one") == "one\n"
-        machine.run("until grep -q '^127.0.0.9 .*GET /builds/artefacts/app/one' server.log; do sleep 0.1; done")
-        assert log.read_text()
+        machine.run("until grep -q '^127.0.0.9 .*GET /builds/' server.log; do sleep 0.1; done")
 
 
 @pytest.mark.parametrize("command", [
@@ -393,8 +394,8 @@ ELSEWHERE = {
 HERE = (
     ".venv/bin/python artefacts.py --keep", "$ echo one", "URL=", ".venv/bin/python artefacts.py --new-token",
     "[anonymous]", "A=http", "mkdir snapshot", "rsync -aHX backup/", "install -d /opt",
-    "[Service]", ".venv/bin/pip install -q gunicorn", "WSGIDaemonProcess", ".venv/bin/python artefacts.py --keep-days",
-    ".venv/bin/python artefacts.py --config pages",
+    "[Service]", ".venv/bin/pip install -q gunicorn", "WSGIDaemonProcess",
+    ".venv/bin/python artefacts.py --keep-days", ".venv/bin/python artefacts.py --config pages",
 )  # fmt: skip
 
 
