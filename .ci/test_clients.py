@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from readme import line
 from support import Client, Server, serving, sha256, until
 
 LARGE_BODY = random.Random(1).randbytes(8 * 1024 * 1024 + 5)  # enough for aria2 to fetch it in segments
@@ -116,10 +117,22 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture
+def run_line(program: Program, run: Run) -> Run:
+    """Return a function that runs the README's only line that contains a text."""
+
+    def run_line(part: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        script = f"A={program.url.rstrip('/')}; {line(part)}"
+        return run(f"bash -ec {shlex.quote(script)}", status, **environment)
+
+    return run_line
+
+
 def test_clients_are_installed() -> None:
     """Fail, instead of skipping tests, if a client is missing."""
     wanted = ("curl", "wget", "aria2c", "rclone", "ccache", "gcc", "mvn", "dpkg-deb", "apt-get",
-              "busybox", "bsdtar", "7z", "unzip")
+              "busybox", "bsdtar", "7z", "unzip", "lftp", "zsync", "ostree", "debuginfod-find", "nix", "go",
+              "cargo", "npm", "git", "uv", "ansible", "dvc", "readelf")
     assert [name for name in wanted if shutil.which(name) is None] == []
 
 
@@ -247,6 +260,151 @@ def test_pip_installs_from_the_listing_and_enforces_its_hashes(
     refused = run(f"{command} refused", status=1, PIP_CONFIG_FILE=os.devnull)
     assert "DO NOT MATCH THE HASHES" in refused.stderr
     assert not (tmp_path / "refused").exists()
+
+
+def test_lftp_mirrors_a_directory(program: Program, run_line: Run, tmp_path: Path) -> None:
+    program.put("nightly/app.zip", b"zip")
+    program.put("nightly/1.0/b c.bin", b"b")
+    run_line("lftp -c")
+    assert (tmp_path / "copy/app.zip").read_bytes() == b"zip"
+    assert (tmp_path / "copy/1.0/b c.bin").read_bytes() == b"b"
+
+
+def test_fsspec_lists_a_directory(program: Program, run: Run, run_line: Run) -> None:
+    program.put("nightly/app.zip", b"zip")
+    assert f"'{program.url}nightly/app.zip'" in run_line("fsspec.filesystem").stdout
+    script = f"import fsspec; print(fsspec.open('{program.url}nightly/app.zip').open().read())"
+    assert run(f"{sys.executable} -c {shlex.quote(script)}").stdout == "b'zip'\n"
+
+
+def test_zsync_fetches_what_changed(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "app.img").write_bytes(LARGE_BODY)
+    run("zsyncmake -u app.img app.img")
+    program.put("nightly/app.img", LARGE_BODY)
+    program.put("nightly/app.img.zsync", (tmp_path / "app.img.zsync").read_bytes())
+    (tmp_path / "app.img").write_bytes(b"old" + LARGE_BODY[: len(LARGE_BODY) // 2])
+    run_line("zsync $A")
+    assert (tmp_path / "app.img").read_bytes() == LARGE_BODY
+    program.wait_for("nightly", "GET 200 app.img.zsync", "GET 206 app.img")
+
+
+def test_ansible_compares_the_checksum(program: Program, run_line: Run, tmp_path: Path) -> None:
+    program.put("nightly/app.zip", b"zip")
+    settings = {"ANSIBLE_PYTHON_INTERPRETER": sys.executable, "ANSIBLE_HOME": str(tmp_path / "ansible")}
+    assert '"status_code": 200' in run_line("ansible localhost", **settings).stdout
+    assert (tmp_path / "app.zip").read_bytes() == b"zip"
+    (tmp_path / "app.zip").unlink()
+    program.damage("nightly/app.zip")
+    assert "did not match" in run_line("ansible localhost", status=2, **settings).stdout
+
+
+# -- registries of packages --
+
+
+@pytest.mark.parametrize("part", ["pip install --index-url", "uv pip install"])
+def test_projects_as_folders(
+    program: Program, run: Run, run_line: Run, tmp_path: Path, part: str
+) -> None:
+    content = wheel(tmp_path / "tiny-1.0-py3-none-any.whl")
+    run_line("curl -T tiny-1.0-py3-none-any.whl")
+    assert (program.data / "wheels/tiny/tiny-1.0-py3-none-any.whl").read_bytes() == content
+    run(f"{sys.executable} -m venv .venv")
+    path = f"{tmp_path}/.venv/bin:{os.environ['PATH']}"
+    script = f"PATH={shlex.quote(path)}; A={program.url.rstrip('/')}; {line(part)}"
+    run(f"bash -ec {shlex.quote(script)}", PIP_CONFIG_FILE=os.devnull, UV_NO_CACHE="1", UV_NO_CONFIG="1")
+    assert run(".venv/bin/python -c 'import tiny; print(tiny.ANSWER)'").stdout == "42\n"
+
+
+def test_npm_installs_a_package(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/package.json").write_text('{"name": "tiny", "version": "1.0.0"}')
+    (tmp_path / "package.json").write_text("{}")
+    run("npm pack --silent ./made")
+    run_line("npm install")
+    assert (tmp_path / "node_modules/tiny/package.json").exists()
+    assert f"{program.url}npm/tiny-1.0.0.tgz" in (tmp_path / "package-lock.json").read_text()
+
+
+def test_go_gets_a_module(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    module, folder = "module example.org/tiny\n\ngo 1.19\n", "go/example.org/tiny/@v/"
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
+        archive.writestr("example.org/tiny@v1.0.0/go.mod", module)
+        archive.writestr("example.org/tiny@v1.0.0/tiny.go", "package tiny\n\nconst Answer = 42\n")
+    program.put(f"{folder}v1.0.0.zip", (tmp_path / "made.zip").read_bytes())
+    program.put(f"{folder}v1.0.0.mod", module.encode())
+    program.put(f"{folder}v1.0.0.info", b'{"Version": "v1.0.0"}')
+    run("go mod init example.org/user")
+    run_line("GOPROXY=", GOFLAGS="-modcacherw", GOTOOLCHAIN="local")
+    assert "example.org/tiny v1.0.0" in (tmp_path / "go.mod").read_text()
+
+
+def test_cargo_builds_with_a_crate(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    package = '[package]\nname = "{}"\nversion = "1.0.0"\nedition = "2021"\n'
+    for name, source in (("tiny/src/lib.rs", "pub const ANSWER: i32 = 42;"),
+                         ("src/main.rs", 'fn main() { println!("{}", tiny::ANSWER) }')):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(source)
+    (tmp_path / "tiny/Cargo.toml").write_text(package.format("tiny"))
+    cargo = {"RUSTUP_HOME": os.environ.get("RUSTUP_HOME", os.path.expanduser("~/.rustup"))}
+    run("cargo package -q --manifest-path tiny/Cargo.toml --allow-dirty --no-verify --offline", **cargo)
+    crate = (tmp_path / "tiny/target/package/tiny-1.0.0.crate").read_bytes()
+    row = {"name": "tiny", "vers": "1.0.0", "deps": [], "features": {}, "yanked": False}
+    row["cksum"] = sha256(crate)
+    config = {"dl": f"{program.url}cargo/{{crate}}-{{version}}.crate"}
+    program.put("cargo/config.json", json.dumps(config).encode())
+    program.put("cargo/ti/ny/tiny", json.dumps(row).encode())
+    program.put("cargo/tiny-1.0.0.crate", crate)
+    needed = '[dependencies]\ntiny = { version = "1", registry = "artefacts" }\n'
+    (tmp_path / "Cargo.toml").write_text(package.format("user") + needed)
+    run_line("CARGO_REGISTRIES", **cargo)
+    assert run("target/debug/user").stdout == "42\n"
+
+
+def test_nix_copies_a_path(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "hello").write_text("hello\n")
+    settings = {"NIX_CONFIG": "build-users-group =\nexperimental-features = nix-command"}
+    stores = [settings | {"NIX_REMOTE": str(tmp_path / name)} for name in ("first", "second")]
+    path = run("nix-store --add hello", **stores[0]).stdout.strip()
+    push, pull = line("nix copy --to").replace("/nix/store/...-hello", path).split(" && ")
+    for command, store in zip((push, pull), stores, strict=True):
+        run(f"bash -ec {shlex.quote(f'A={program.url[:-1]}; {command}')}", **store)
+    assert (tmp_path / f"second{path}").read_text() == "hello\n"
+
+
+def test_dvc_pushes_and_pulls(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(LARGE_BODY)
+    settings = {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
+    for command in ("git init -q", "dvc init -q", "dvc add -q data.bin"):
+        run(command, **settings)
+    run_line("dvc remote add", **settings)
+    (tmp_path / "data.bin").unlink()
+    shutil.rmtree(tmp_path / ".dvc/cache")
+    run("dvc pull -q", **settings)
+    assert (tmp_path / "data.bin").read_bytes() == LARGE_BODY
+
+
+def test_ostree_pulls_a_commit(program: Program, run: Run, run_line: Run, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_text("content\n")
+    for command in ("init --mode=archive", "commit --branch=main tree", "summary -u"):
+        run(f"ostree --repo=made {command}")
+    for file in (tmp_path / "made").rglob("*"):
+        if file.is_file() and not file.name.startswith("."):
+            program.put(f"ostree/{file.relative_to(tmp_path / 'made')}", file.read_bytes())
+    run("ostree --repo=copy init")
+    run_line("ostree remote add", OSTREE_REPO="copy")
+    assert run("ostree --repo=copy cat artefacts:main /file").stdout == "content\n"
+
+
+def test_debuginfod_finds_debugging_information(
+    program: Program, run: Run, run_line: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.c").write_text("int main(void) { return 0; }\n")
+    run("gcc -g -Wl,--build-id=sha1 tiny.c -o tiny")
+    build_id = run("readelf -n tiny").stdout.partition("Build ID: ")[2].split()[0]
+    program.put(f"debuginfod/buildid/{build_id}/debuginfo", (tmp_path / "tiny").read_bytes())
+    found = run_line("DEBUGINFOD_URLS", BUILD_ID=build_id, DEBUGINFOD_CACHE_PATH=str(tmp_path / "cache"))
+    assert Path(found.stdout.strip()).read_bytes() == (tmp_path / "tiny").read_bytes()
 
 
 # -- compiler caches --

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from readme import block, blocks, line
+from test_hostile import PROXIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = "/usr/bin/python3"  # Debian's, for which its uWSGI and mod_wsgi are made
@@ -59,14 +60,15 @@ class Machine:
         return done.stdout
 
     @contextlib.contextmanager
-    def serving(self, command: str, url: str = URL) -> Iterator[Path]:
+    def serving(self, command: str, url: str = URL, name: str = "server") -> Iterator[Path]:
         """Run a server until the end of the block. Give its log. What it stored is removed then."""
-        log = self.folder / "server.log"
+        log = self.folder / f"{name}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [*self._enter, "bash", "-c", command], env=self._environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
+        (self.folder / f"{name}.pid").write_text(str(process.pid))
         try:
             deadline = time.monotonic() + 60
             while subprocess.run([*self._enter, "curl", "-s", "-o", "/dev/null", url]).returncode:
@@ -137,13 +139,50 @@ def test_first_steps(machine: Machine) -> None:
                     assert printed == "TIME" or actual.setdefault(printed, now) == now, command
 
 
-def test_preconditions(machine: Machine) -> None:
+def test_requests(machine: Machine) -> None:
+    """Preconditions, promotion, listings, archives, deleted artefacts and health."""
     machine.run("echo one > app.zip")
-    with machine.serving(".venv/bin/python artefacts.py") as log:
-        machine.run(block("If-None-Match: *"))
-        machine.run("until grep -q 'PUT.*\\n*' server.log; do sleep 0.1; done")
+    with machine.serving(".venv/bin/python artefacts.py --keep-versions 10") as log:
+        machine.run(f"curl -fsS -T app.zip {URL}app/1.4.0/")
+        written = machine.run(block("If-None-Match: *").replace("curl ", "curl -sS "))
+        machine.run("until grep -q 'GET /healthz' server.log; do sleep 0.1; done")
         answers = re.findall(r'"(\w+) /artefacts/app/app.zip HTTP/1.1" (\d+)', log.read_text())
+        assert '"id": "app.zip.rc"' in written and '"type": "application/zip"' in written
+        digest = written.partition('"sha256": "')[2][:64]
+        assert f"}}\n{digest}  app.zip\n{{" in written  # the folder 1.4.0
+        assert written.endswith('"artefacts": []}\n{"status": "ok"}\n')
+        assert (machine.folder / "app.zip.rc").read_text() == "one\n"
+        with zipfile.ZipFile(machine.folder / "app-all.zip") as archive:
+            assert archive.namelist() == ["1.4.0/app.zip", "app.zip", "app.zip.rc"]
+        machine.run(f"curl -fsS -X DELETE {URL}app/app.zip")
+        assert '"id": "app.zip"' in machine.run(f"URL={URL}app/app.zip; {line('?deleted')}")
     assert answers == [("PUT", "201"), ("HEAD", "200"), ("PUT", "200"), ("PUT", "412"), ("PUT", "200")]
+
+
+def test_sweep(machine: Machine) -> None:
+    machine.run("mkdir -p data/app; touch data/app/new; touch -d '40 days ago' data/app/old")
+    command = line("--sweep --dry-run")
+    assert masked(machine.run(command)) == masked(machine.run(command)) == "app/old TIME\n"
+    assert masked(machine.run(command.replace(" --dry-run", ""))) == "app/old TIME\n"
+    assert machine.run("ls data/app; rm -r data") == "new\n"
+
+
+def test_reports(machine: Machine) -> None:
+    """Show a report under the second host name, and redirect a browser to it."""
+    serve, push = block("--pages-host localhost").splitlines()
+    machine.run("mkdir -p report/static; echo '<p>report' > report/index.html; echo 1 > report/static/x.js")
+    (machine.folder / "pages.toml").write_text('[[directory]]\nname = "reports"\npages = true\n')
+    with machine.serving(serve):
+        machine.run(push)
+        second = "http://localhost:8080/artefacts/reports/main/"
+        assert machine.run(f"curl -fsS {second}") == "<p>report\n"
+        assert machine.run(f"curl -fsS {second}static/x.js") == "1\n"
+        assert "sandbox" not in machine.run(f"curl -fsSI {second}")
+        assert "sandbox allow-scripts" in machine.run(f"curl -fsSI {URL}reports/main/")
+        browser = "curl -fsSL -w '%{url_effective}' -H 'Upgrade-Insecure-Requests: 1'"
+        seen = machine.run(f"{browser} {URL}reports/main")
+        assert seen == f"<p>report\n{second}"
+        assert '"status": 403' in machine.run("curl -sS http://localhost:8080/artefacts/other/")
 
 
 def test_tokens_and_rules(machine: Machine) -> None:
@@ -159,6 +198,14 @@ def test_tokens_and_rules(machine: Machine) -> None:
         assert '"status": 401' in machine.run("curl -T app.zip http://127.0.0.1:8080/artefacts/nightly/")
         assert '"status": 403' in machine.run(f"curl -T app.zip -u ci:$TOKEN {URL}other/", TOKEN=token)
         assert " - ci [" in log.read_text()
+        rules = rules.replace('read = ["public"]', 'read = ["nightly"]')
+        (machine.folder / "artefacts.toml").write_text(rules)
+        fetch = f"curl -fsS -o fetched {URL}nightly/app.zip"
+        machine.run(fetch, status=22)
+        machine.run(f"kill -HUP $(cat server.pid); until {fetch}; do sleep 0.1; done")
+        (machine.folder / "artefacts.toml").write_text("mistake")
+        machine.run("kill -HUP $(cat server.pid); until grep 'old rules stay' server.log; do sleep 0.1; done")
+        machine.run(fetch)
 
 
 def make_wheel(path: Path) -> None:
@@ -175,28 +222,66 @@ def make_wheel(path: Path) -> None:
 
 
 def test_tools(machine: Machine) -> None:
-    """Bazel, Maven and Terraform are not run here."""
+    """Run the clients that need no set-up. test_clients.py runs the others, except Bazel and Terraform."""
     commands = block("A=http://").splitlines()
     folder = machine.folder / "tools"
     folder.mkdir()
-    (folder / ".venv").symlink_to(machine.folder / ".venv")
     (folder / "hello.c").write_text("int main(void) { return 0; }\n")
     (folder / "app.zip").write_bytes(os.urandom(3_000_000))
     make_wheel(folder / "tiny-1.0-py3-none-any.whl")
     with machine.serving(".venv/bin/python artefacts.py") as log:
         for command in commands[1:]:
-            if command.split()[0] in ("bazel", "mvn", "terraform"):
+            downloads = command.startswith(("wget", "aria2c", "rclone", "lftp"))
+            if not downloads and (not command.startswith(("curl", "CCACHE")) or "npm" in command):
                 continue
-            downloads = command.startswith(("wget", "aria2c", "rclone"))
             where = folder / command.split()[0] if downloads else folder
             where.mkdir(exist_ok=True)
             machine.run(f"cd {where}; {commands[0]}; {command}")
-        assert (folder / "wget/app.zip").read_bytes() == (folder / "app.zip").read_bytes()
-        assert (folder / "wget/nightly/app.zip").read_bytes() == (folder / "app.zip").read_bytes()
-        assert (folder / "rclone/copy/app.zip").read_bytes() == (folder / "app.zip").read_bytes()
-        assert (folder / "aria2c/app.zip").read_bytes() == (folder / "app.zip").read_bytes()
+        for copy in ("wget/app.zip", "wget/nightly/app.zip", "rclone/copy/app.zip", "lftp/copy/app.zip",
+                     "aria2c/app.zip"):
+            assert (folder / copy).read_bytes() == (folder / "app.zip").read_bytes()
+        pip = line("pip install --index-url").replace("pip", ".venv/bin/pip", 1)
+        machine.run(f"{commands[0]}; {pip}", PIP_NO_INDEX="0", PIP_FIND_LINKS="")
         assert machine.run(".venv/bin/python -c 'import tiny; print(tiny.ANSWER)'") == "42\n"
         assert "/artefacts/ccache/" in log.read_text()
+
+
+PATHS = {  # of the README's proxies: what it says for a server under a path
+    "nginx": ("location / {", "location /builds/ {"),
+    "caddy": ("reverse_proxy 127", "reverse_proxy /builds/* 127"),
+    "apache": ("ProxyPass / http://127.0.0.1:8080/ ", "ProxyPass /builds/ http://127.0.0.1:8080/builds/ "),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_under_a_path_of_a_proxy(machine: Machine, name: str) -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    start, frame, command = PROXIES[name]
+    old, new = PATHS[name]
+    assert new.strip(" {") in text
+    server = block(start).replace("/etc/ssl/artefacts.example", str(machine.folder / "tls")).replace(old, new)
+    folder = machine.folder / name
+    folder.mkdir()
+    folder.chmod(0o755)
+    (folder / "config").write_text(frame.format(folder=folder, port=443, server=server))
+    machine.run(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=artefacts.example "
+        "-addext subjectAltName=DNS:artefacts.example -keyout tls.key -out tls.pem"
+    )
+    options = "--allow-host artefacts.example --trusted-proxy 127.0.0.1 --prefix /builds"
+    assert all(f"`{option}`" in text for option in re.findall(r"--\S+ \S+", options))
+    curl = "curl -fsS --cacert tls.pem --resolve artefacts.example:443:127.0.0.1 --interface 127.0.0.9"
+    url = "https://artefacts.example/builds/artefacts/app/"
+    with (
+        machine.serving(f".venv/bin/python artefacts.py {options}"),
+        machine.serving(f"exec {command.format(folder=folder)}", name="proxy"),
+    ):
+        machine.run("echo one > one")
+        options = "--retry 60 --retry-connrefused -H 'Origin: https://artefacts.example'"
+        pushed = machine.run(f"{curl} {options} -T one {url}")
+        assert '"href": "/builds/artefacts/app/one"' in pushed
+        assert machine.run(f"{curl} {url}one") == "one\n"
+        machine.run("until grep -q '^127.0.0.9 .*GET /builds/' server.log; do sleep 0.1; done")
 
 
 @pytest.mark.parametrize("command", [
@@ -214,10 +299,15 @@ def test_other_servers(machine: Machine, command: str) -> None:
 
 def test_beside_another_application(machine: Machine) -> None:
     machine.run(".venv/bin/pip install -q werkzeug")
-    (machine.folder / "site_app.py").write_text(block("DispatcherMiddleware"))
-    serve = ".venv/bin/waitress-serve --listen 127.0.0.1:8080 site_app:application"
     text = (ROOT / "README.md").read_text().replace("\n", " ")
-    assert f"`{serve}` serves `http://127.0.0.1:8080/builds/artefacts/`" in text
+    application = 'DispatcherMiddleware(other_application, {"/builds": artefacts.create_app("data")})'
+    assert f"`{application}` of `werkzeug.middleware.dispatcher`" in text
+    (machine.folder / "site_app.py").write_text(
+        "import artefacts\nfrom werkzeug.middleware.dispatcher import DispatcherMiddleware\n"
+        "from werkzeug.wrappers import Response\nother_application = Response('the front page')\n"
+        f"application = {application}\n"
+    )
+    serve = ".venv/bin/waitress-serve --listen 127.0.0.1:8080 site_app:application"
     with machine.serving(serve, "http://127.0.0.1:8080/"):
         assert machine.run("curl -fsS http://127.0.0.1:8080/") == "the front page"
         answer = machine.run("echo one > one; curl -fsS -T one http://127.0.0.1:8080/builds/artefacts/app/")
@@ -270,7 +360,7 @@ def test_systemd_accepts_the_unit(in_opt: Machine) -> None:
 
 def test_backup_and_restore(machine: Machine) -> None:
     """A copy of a copy still has the versions, their times, and the types that clients chose."""
-    snapshot, archive, copy = (block(part) for part in ("cp -al", "--format=posix", "NEWHOST"))
+    back_up, copy = block("cp -al"), block("NEWHOST")
     # The other host is this one: rsync calls this instead of ssh.
     (machine.folder / "remote").write_text('#!/bin/bash\nshift\ncd "${0%/*}/elsewhere" && exec "$@"\n')
     (machine.folder / "remote").chmod(0o755)
@@ -278,8 +368,7 @@ def test_backup_and_restore(machine: Machine) -> None:
         for text in ("one", "two"):
             machine.run(f"echo {text} | curl -fsS -T - -H 'Content-Type: x/chosen' {URL}app/1.0/notes")
         before = machine.run(f"curl -fsS '{URL}app/1.0/notes?versions'")
-        assert "2 whole" in machine.run(snapshot)
-        machine.run(archive)
+        assert "2 whole" in machine.run(back_up)
         machine.run(f"curl -fsS -X DELETE '{URL}app'")
         machine.run("mkdir elsewhere elsewhere/artefacts")
         restore, move = copy.splitlines()
@@ -304,8 +393,9 @@ ELSEWHERE = {
 }
 HERE = (
     ".venv/bin/python artefacts.py --keep", "$ echo one", "URL=", ".venv/bin/python artefacts.py --new-token",
-    "[anonymous]", "A=http", "mkdir snapshot", "tar --create", "rsync -aHX backup/", "install -d /opt",
-    "[Service]", ".venv/bin/pip install -q gunicorn", "WSGIDaemonProcess", "from werkzeug",
+    "[anonymous]", "A=http", "mkdir snapshot", "rsync -aHX backup/", "install -d /opt",
+    "[Service]", ".venv/bin/pip install -q gunicorn", "WSGIDaemonProcess",
+    ".venv/bin/python artefacts.py --keep-days", ".venv/bin/python artefacts.py --config pages",
 )  # fmt: skip
 
 
