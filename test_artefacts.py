@@ -1367,7 +1367,7 @@ def test_digest_of_a_large_upload_in_uneven_pieces(data: Path, repository: a.Rep
 
 def test_digest_of_a_complete_upload_does_not_wait_for_other_uploads(repository: a.Repository) -> None:
     go, content = threading.Event(), LARGE_BODY * 4
-    blocked = [repository.hash_threads.submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
+    blocked = [a.hash_threads(os.getpid()).submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
     try:
         with repository.stage() as upload, repository.stage() as aborted:
             upload.write(content)
@@ -1667,13 +1667,13 @@ def test_names_of_versions_are_found_beside_a_stream_of_commits(
     def then_push(*args: Any, **options: Any) -> a.Content | None:
         content = find(*args, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(repository, "current", find)
+            patch.setattr(repository, "look_up", find)
             pushed.append(push(repository, "x", b"%d" % len(pushed)).version)
         return content
 
-    repository, find = a.Repository(data, keep_versions=a.ALL, fsync=False), a.Repository(data).current
+    repository, find = a.Repository(data, keep_versions=a.ALL, fsync=False), a.Repository(data).look_up
     pushed = [push(repository, "x", b"0").version]
-    monkeypatch.setattr(repository, "current", then_push)
+    monkeypatch.setattr(repository, "look_up", then_push)
     names = repository.version_names("app", "x")
     assert [name for name, _ in names] == pushed[-2::-1] and [name for name, current in names if current] == [
         pushed[-2]
