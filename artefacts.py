@@ -107,7 +107,8 @@ LOST_AND_FOUND = "lost+found"  # on every fresh ext4; only root can read it
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
 COPY_PIECE = 16 * 1024 * 1024  # bytes that the kernel copies at once, while a thread hashes behind it
-HASH_PIECE = 1024 * 1024  # bytes of an upload that its writer hashes; a thread behind it hashes the rest
+HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
+HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
@@ -387,6 +388,9 @@ class Descriptor:
     __exit__ = __del__ = close
 
 
+NO_FILE = Descriptor(-1)  # for an object that has no open file (yet)
+
+
 class Bounded(dict[K, T]):
     """A cache with a limit on total cost. When the limit is exceeded, the whole cache is cleared."""
 
@@ -469,15 +473,19 @@ class Files:
         """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
         names of all folders in the path are durable, parents first. An existing folder is synced once,
         too: its maker may have died before its own fsync. `existing`: the folder, if it is open already."""
-        with contextlib.suppress(*MISSING):
+        try:
             folder = existing or self.open_folder(*names)
             if self.is_durable(folder.fd):
                 return folder
             folder.close()
+        except MISSING:
+            pass
         folder = self.open_folder()
         for name in names:
             with folder as parent:
                 try:
+                    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+                except FileNotFoundError:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(name, dir_fd=parent)
                     folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
@@ -645,22 +653,17 @@ def open_writable(parent: int, name: str) -> Descriptor:
     return folder
 
 
-@contextlib.contextmanager
-def explain_refusal(directory: str) -> Iterator[None]:
-    """Turn the errors by which the file system of a directory refuses a name or a rename into CannotStore."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EBUSY):
-            raise CannotStore(
-                f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-                "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-            ) from error
-        if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-            raise CannotStore(
-                f"The file system of the directory '{directory}' does not accept this name. Choose another."
-            ) from error
-        raise
+def explain_refusal(directory: str, error: OSError) -> None:
+    """Raise CannotStore if the file system of a directory refused a name or a rename with this error."""
+    if error.errno in (errno.EXDEV, errno.EBUSY):
+        raise CannotStore(
+            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
+            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
+        ) from error
+    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        raise CannotStore(
+            f"The file system of the directory '{directory}' does not accept this name. Choose another."
+        ) from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -698,7 +701,9 @@ TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
 PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
-NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
+NO_ATTRIBUTES = {
+    errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG, errno.ENODATA,
+}  # fmt: skip
 
 
 def read_attribute(fd: int, name: str) -> str:
@@ -706,7 +711,7 @@ def read_attribute(fd: int, name: str) -> str:
     try:
         return os.getxattr(fd, name).decode("latin-1") if HAS_ATTRIBUTES else ""
     except OSError as error:
-        if error.errno not in NO_ATTRIBUTES | {errno.ENODATA}:
+        if error.errno not in NO_ATTRIBUTES:
             raise
         return ""
 
@@ -884,7 +889,7 @@ class Content:
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
-                cached = Content(self._metadata, self.artefact, Descriptor(-1), self.status, self._whole)
+                cached = Content(self._metadata, self.artefact, NO_FILE, self.status, self._whole)
                 cost = len(self._whole) + 2048  # with the objects around them
                 self._metadata.small.keep(identity(self.status), cached, cost)
         return self._whole
@@ -926,7 +931,7 @@ class Upload:
         self.fault: Exception | None = None  # set if a write failed where it could not raise; see `verify`
         self.sealed = False  # whether the file is complete and durable
         self._files, self._memory = files, bytearray()
-        self._file, self._name, self._incoming = Descriptor(-1), "", Descriptor(-1)
+        self._file, self._name, self._incoming = NO_FILE, "", NO_FILE
         self._sha256, self._hashed, self._read = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
         self._hashing: Future[None] | None = None
         self._ended = False  # pushed or closed
@@ -940,7 +945,7 @@ class Upload:
         else:
             write_all(self.fd, data)
         self.size += len(data)
-        if self.size <= HASH_PIECE:
+        if self.size <= HASH_INLINE:
             self._sha256.update(data)
             self._hashed = self.size
         else:
@@ -1059,12 +1064,14 @@ class Upload:
         while self._file.fd < 0:
             self._incoming, self._name = self._files.open_own(INCOMING), self._files.unique_name()
             self._file = Descriptor(os.open(self._name, STAGE, 0o666, dir_fd=self._incoming.fd))
-            with contextlib.suppress(BlockingIOError):  # a sweep removes what it can lock
+            try:
                 fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._file.fd).st_nlink:
                     write_all(self._file.fd, self._memory)
                     self._memory.clear()
                     break
+            except BlockingIOError:  # a sweep removes what it can lock
+                pass
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
 
@@ -1506,25 +1513,29 @@ class Repository(Reader):
         compared = self._compare(upload, new, segments, type) if self.durable else None
         if compared is None:
             upload.seal(new)
-        # 2. Take the directory's lock.
-        with explain_refusal(directory), (lock := self.files.lock(directory, wait)):
-            existing, current = self.open_path(directory, segments)
-            with existing or NOTHING, current or NOTHING:
-                # 3. Check the preconditions against the current state.
-                check(current)
-                # 4. Make missing folders durable.
-                with self.files.make_folder(directory, *segments[:-1], existing=existing) as folder:
-                    if current is not None and is_identical(current, upload, new, compared, type) and (
-                        self.keep_days(directory) is None or current.renew()
-                    ):
-                        new = current.artefact
-                        self.files.sync(current.file.fd)  # it was renewed, or put there by hand
-                    else:
-                        new = self._replace(upload, new, current, folder, versions)
-                    # 5. Release the lock, so that the fsyncs of many pushes overlap, and fsync the folder.
-                    lock.close()
-                    self.files.sync(folder)
-        return new, current is None
+        try:
+            # 2. Take the directory's lock.
+            with (lock := self.files.lock(directory, wait)):
+                existing, current = self.open_path(directory, segments)
+                with existing or NOTHING, current or NOTHING:
+                    # 3. Check the preconditions against the current state.
+                    check(current)
+                    # 4. Make missing folders durable.
+                    with self.files.make_folder(directory, *segments[:-1], existing=existing) as folder:
+                        if current is not None and is_identical(current, upload, new, compared, type) and (
+                            self.keep_days(directory) is None or current.renew()
+                        ):
+                            new = current.artefact
+                            self.files.sync(current.file.fd)  # it was renewed, or put there by hand
+                        else:
+                            new = self._replace(upload, new, current, folder, versions)
+                        # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
+                        lock.close()
+                        self.files.sync(folder)
+            return new, current is None
+        except OSError as error:
+            explain_refusal(directory, error)
+            raise
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int,
                  versions: Versions) -> Artefact:
@@ -1631,8 +1642,11 @@ class Repository(Reader):
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
             with self._locked(directory):
-                with explain_refusal(directory):
+                try:
                     os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                except OSError as error:
+                    explain_refusal(directory, error)
+                    raise
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
