@@ -395,7 +395,6 @@ class Bounded(dict[K, T]):
     """A cache with a limit on total cost. When the limit is exceeded, the whole cache is cleared."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
         self.limit = self.free = limit
 
     def keep(self, key: K, value: T, cost: int = 1) -> None:
@@ -971,10 +970,6 @@ class Upload:
             for piece in content.pieces():
                 self.write(piece)
 
-    def _hash_behind(self) -> None:
-        if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
-            self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
-
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
         piece = self._part(self._read, self.size if size < 0 else size)
@@ -990,7 +985,7 @@ class Upload:
         """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
         a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact."""
         return self.size == content.artefact.size and all(
-            self._part(start, PIECE) == content.read(start, PIECE) for start in range(0, self.size, PIECE)
+            piece == content.read(number * PIECE, PIECE) for number, piece in enumerate(self.pieces())
         )
 
     def verify(self, length: int | None, sha256: str | None) -> None:
@@ -1074,6 +1069,10 @@ class Upload:
                 pass
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
+
+    def _hash_behind(self) -> None:
+        if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
+            self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
         """Return when no thread hashes this upload. A job that has not started is cancelled: it would
@@ -1224,12 +1223,11 @@ class Reader:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
                 if matches is None or matches(id):
                     try:
-                        artefact = self._describe(inside, name, directory, id, digests)
+                        yield self._describe(inside, name, directory, id, digests)
+                    except Conflict:  # it is no file
+                        pass
                     except OSError as error:
                         on_error(id, error)
-                    else:
-                        if artefact is not None:
-                            yield artefact
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
@@ -1424,20 +1422,17 @@ class Reader:
         return content if content is not None and content.artefact.is_named(directory, id) else None
 
     @retry_on_estale
-    def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact | None:
-        """Return the artefact of this name in an open folder; None if it is gone or no file. `digest`:
-        compute a missing digest."""
-        try:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            known = self.metadata.cached(directory, id, status)
-            if known is not None and (known.sha256 is not None or not digest):
-                return known  # the file need not be opened
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            with self._open(folder, name, directory, id) as content:
-                return content.digested() if digest else content.artefact
-        except (FileNotFoundError, Conflict):
-            return None
+    def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
+        """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
+        it is no file. `digest`: compute a missing digest."""
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        known = self.metadata.cached(directory, id, status)
+        if known is not None and (known.sha256 is not None or not digest):
+            return known  # the file need not be opened
+        if not stat.S_ISREG(status.st_mode):
+            raise in_the_way(id)
+        with self._open(folder, name, directory, id) as content:
+            return content.digested() if digest else content.artefact
 
 
 # == The repository ===============================================================================

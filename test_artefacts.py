@@ -1176,6 +1176,32 @@ def test_large_folders_are_listed_as_small_ones(
             assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
 
 
+@pytest.mark.parametrize(
+    ("call", "stale", "expected"),
+    [
+        ("scandir", "b", ["a/x", "c"]), ("scandir", "app", []), ("open", "b", ["a/x", "c"]),
+        ("stat", "c", ["a/x", "b/x"]),
+    ],
+)
+def test_what_another_host_removes_during_a_listing_is_skipped(
+    data: Path, monkeypatch: pytest.MonkeyPatch, call: str, stale: str, expected: list[str]
+) -> None:
+    """Simulate NFS: a folder that is open, or a name in it, has a stale handle (ESTALE)."""
+
+    def fail(file: Any, *args: Any, **options: Any) -> Any:
+        name = os.readlink(f"/proc/self/fd/{file}") if call == "scandir" else file
+        if os.path.basename(name) == stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return carry_out(file, *args, **options)
+
+    repository, carry_out, unreadable = a.Repository(data), getattr(os, call), list[str]()
+    for id in "a/x", "b/x", "c":
+        push(repository, id, b"1")
+    monkeypatch.setattr(os, call, fail)
+    assert [artefact.id for artefact in repository.artefacts("app", unreadable=unreadable)] == expected
+    assert not unreadable
+
+
 # == Storage: metadata ============================================================================
 
 
