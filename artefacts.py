@@ -378,8 +378,8 @@ class Descriptor:
         return fd
 
     def close(self, *_: object) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        if (fd := self.fd) >= 0:
+            self.fd = -1
             os.close(fd)
 
     def __enter__(self) -> int:
@@ -504,9 +504,8 @@ class Files:
         return lock
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
-        """Return the valid names in an open folder, sorted, a folder's with a slash at its end; none if
-        another host removed the folder. Of a large folder, leaves out most of those that cannot match
-        `prefix` and `after`, as `walk` has them.
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
+        folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
 
         A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
         show a name that is replaced after the folder was opened. The result is cached while the folder's
@@ -897,14 +896,13 @@ class Content:
         """Return the file as an object of its own, which the caller closes. This one is then closed."""
         return io.FileIO(self.file.release())
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 # == Uploads: bytes on their way in ===============================================================
@@ -1036,7 +1034,7 @@ class Upload:
         """Return the running hash job if the hash is HASH_BEHIND bytes behind the writer."""
         return self._hashing if self.size - self._hashed >= HASH_BEHIND else None
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Free everything. A file that was not moved is removed."""
         self._ended, name, self._name = True, self._name, ""
         self._end_hashing()
@@ -1093,8 +1091,7 @@ class Upload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 # == Versions: the earlier versions of one artefact ===============================================
@@ -1248,9 +1245,9 @@ class Reader:
         from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
         open, and only its digest and `whole()` can be used."""
         segments = check_names(directory, id)
-        cached = self._find_small(directory, segments, id) if from_memory and version is None else None
-        current = cached or self.look_up(directory, segments)
-        if current is not None:
+        if from_memory and version is None and (cached := self._find_small(directory, segments, id)):
+            return cached
+        if (current := self.look_up(directory, segments)) is not None:
             if version is None or current.artefact.version == version:
                 return current
             current.close()
@@ -1419,7 +1416,7 @@ class Reader:
         except OSError:
             return None
         content = self.metadata.small.get(identity(status))
-        return content if content is not None and content.artefact.is_named(directory, id) else None
+        return content if content and content.artefact.is_named(directory, id) else None
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
