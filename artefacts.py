@@ -118,8 +118,7 @@ MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
 NAMES_AT_ONCE = 10_000  # of a folder: some 1 MB
 OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
 SCANS = 5  # times that a folder is read if it changes meanwhile
-VERSION_SCANS = 20  # times that the names of versions are read if commits change them meanwhile
-ESTALE_RETRIES = 20  # lookups of a name that another host keeps replacing
+RETRIES = 20  # lookups of a name that another host keeps replacing, and of versions that commits change
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
 
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
@@ -137,49 +136,44 @@ DAY = 86_400_000_000  # µs
 LAST_TIME = 253402300799_999999  # µs: the end of the year 9999, the last time that a date can express
 
 # Types by the last extension. `mimetypes` differs between interpreters and machines; this table does not.
-# Compressed files have the type of the compressed format, and never a Content-Encoding.
+# Compressed files have the type of the compressed format, and never a Content-Encoding. "image/" begins a
+# group; then "png" stands for image/png of *.png, and "jpeg=jpg,jpeg" for image/jpeg of both.
 TYPE_TABLE = """
-text/plain txt text log out err ini cfg conf properties env nfo list sha1 sha224 sha256 sha384 sha512 md5 sum
-sfv c h cc cpp cxx hpp hxx cs go rs java kt scala swift rb lua r gradle cmake mk proto tf bat ps1 lock srt;
-text/html html htm; text/css css; text/javascript js mjs cjs; text/markdown md markdown; text/csv csv;
-text/tab-separated-values tsv; text/x-diff diff patch; text/x-rst rst; text/x-python py; text/x-tex tex;
-text/x-shellscript sh bash; text/asciidoc adoc; text/calendar ics; text/vcard vcf; text/vtt vtt; text/x-perl
-pl; application/json json map har module; application/ld+json jsonld; application/geo+json geojson;
-application/jsonl jsonl ndjson; application/x-ipynb+json ipynb; application/sarif+json sarif;
-application/manifest+json webmanifest; application/toml toml; application/yaml yaml yml; application/sql sql;
-application/xml xml xsd xsl xslt pom rdf wsdl; application/xhtml+xml xhtml; application/rss+xml rss;
-application/atom+xml atom; application/dash+xml mpd; application/vnd.apple.mpegurl m3u8; application/wasm
-wasm; image/png png; image/apng apng; image/jpeg jpg jpeg; image/gif gif; image/webp webp; image/avif avif;
-image/jxl jxl; image/svg+xml svg; image/vnd.microsoft.icon ico; image/bmp bmp; image/tiff tif tiff; image/heic
-heic; image/heif heif; image/vnd.adobe.photoshop psd; image/x-xcf xcf; image/x-portable-pixmap ppm;
-image/x-portable-graymap pgm; image/x-portable-bitmap pbm; image/x-portable-anymap pnm; audio/mpeg mp3;
-audio/wav wav; audio/flac flac; audio/ogg ogg oga opus; audio/mp4 m4a; audio/aac aac; audio/aiff aif aiff;
-audio/midi mid midi; audio/webm weba; video/mp4 mp4 m4v; video/webm webm; video/ogg ogv; video/quicktime mov
-qt; video/x-msvideo avi; video/matroska mkv; video/mpeg mpg mpeg; video/3gpp 3gp; font/woff woff; font/woff2
-woff2; font/ttf ttf; font/otf otf; font/collection ttc; application/vnd.ms-fontobject eot; application/pdf
-pdf; application/postscript ps eps; application/rtf rtf; application/epub+zip epub; application/msword doc;
-application/vnd.openxmlformats-officedocument.wordprocessingml.document docx; application/vnd.ms-excel xls;
-application/vnd.openxmlformats-officedocument.spreadsheetml.sheet xlsx; application/vnd.ms-powerpoint ppt;
-application/vnd.openxmlformats-officedocument.presentationml.presentation pptx;
-application/vnd.oasis.opendocument.text odt; application/vnd.oasis.opendocument.spreadsheet ods;
-application/vnd.oasis.opendocument.presentation odp; application/x-tar tar gem ova; application/zip zip whl
-egg nupkg; application/gzip gz tgz crate; application/x-bzip2 bz2 tbz tbz2; application/x-xz xz txz;
-application/zstd zst tzst; application/x-brotli br; application/x-lz4 lz4; application/x-lzip lz;
-application/x-lzma lzma; application/vnd.rar rar; application/x-7z-compressed 7z; application/x-cpio cpio;
-application/vnd.ms-cab-compressed cab; application/java-archive jar war ear aar; application/java-vm class;
-application/vnd.debian.binary-package deb udeb; application/x-rpm rpm; application/vnd.android.package-archive
-apk aab; application/x-msi msi; application/vnd.snap snap; application/vnd.microsoft.portable-executable exe
-dll; application/x-apple-diskimage dmg; application/x-iso9660-image iso; application/vnd.flatpak flatpak;
-application/vnd.appimage appimage; application/x-qemu-disk qcow2; application/x-sharedlib so;
-application/x-object o; application/x-archive a; application/vnd.apache.parquet parquet;
-application/vnd.apache.arrow.file arrow feather; application/avro avro; application/onnx onnx;
-application/x-hdf5 h5 hdf5; application/x-netcdf nc; application/vnd.sqlite3 sqlite sqlite3 db;
-application/pgp-signature asc sig; application/x-pem-file pem; application/x-x509-ca-cert crt cer;
-application/pkcs10 csr; application/x-pkcs12 p12 pfx
+text/ plain=txt,text,log,out,err,ini,cfg,conf,properties,env,nfo,list,sha1,sha224,sha256,sha384,sha512,md5
+plain=sum,sfv,c,h,cc,cpp,cxx,hpp,hxx,cs,go,rs,java,kt,scala,swift,rb,lua
+plain=r,gradle,cmake,mk,proto,tf,bat,ps1,lock,srt html=html,htm css javascript=js,mjs,cjs markdown=md,markdown
+csv tab-separated-values=tsv x-diff=diff,patch x-rst=rst x-python=py x-tex=tex x-shellscript=sh,bash
+asciidoc=adoc calendar=ics vcard=vcf vtt x-perl=pl
+application/ json=json,map,har,module ld+json=jsonld geo+json=geojson jsonl=jsonl,ndjson x-ipynb+json=ipynb
+sarif+json=sarif manifest+json=webmanifest toml yaml=yaml,yml sql xml=xml,xsd,xsl,xslt,pom,rdf,wsdl
+xhtml+xml=xhtml rss+xml=rss atom+xml=atom dash+xml=mpd vnd.apple.mpegurl=m3u8 wasm vnd.ms-fontobject=eot pdf
+postscript=ps,eps rtf epub+zip=epub msword=doc
+vnd.openxmlformats-officedocument.wordprocessingml.document=docx vnd.ms-excel=xls
+vnd.openxmlformats-officedocument.spreadsheetml.sheet=xlsx vnd.ms-powerpoint=ppt
+vnd.openxmlformats-officedocument.presentationml.presentation=pptx vnd.oasis.opendocument.text=odt
+vnd.oasis.opendocument.spreadsheet=ods vnd.oasis.opendocument.presentation=odp x-tar=tar,gem,ova
+zip=zip,whl,egg,nupkg gzip=gz,tgz,crate x-bzip2=bz2,tbz,tbz2 x-xz=xz,txz zstd=zst,tzst x-brotli=br x-lz4=lz4
+x-lzip=lz x-lzma=lzma vnd.rar=rar x-7z-compressed=7z x-cpio=cpio vnd.ms-cab-compressed=cab
+java-archive=jar,war,ear,aar java-vm=class vnd.debian.binary-package=deb,udeb x-rpm=rpm
+vnd.android.package-archive=apk,aab x-msi=msi vnd.snap=snap vnd.microsoft.portable-executable=exe,dll
+x-apple-diskimage=dmg x-iso9660-image=iso vnd.flatpak=flatpak vnd.appimage=appimage x-qemu-disk=qcow2
+x-sharedlib=so x-object=o x-archive=a vnd.apache.parquet=parquet vnd.apache.arrow.file=arrow,feather avro onnx
+x-hdf5=h5,hdf5 x-netcdf=nc vnd.sqlite3=sqlite,sqlite3,db pgp-signature=asc,sig x-pem-file=pem
+x-x509-ca-cert=crt,cer pkcs10=csr x-pkcs12=p12,pfx
+image/ png apng jpeg=jpg,jpeg gif webp avif jxl svg+xml=svg vnd.microsoft.icon=ico bmp tiff=tif,tiff heic heif
+vnd.adobe.photoshop=psd x-xcf=xcf x-portable-pixmap=ppm x-portable-graymap=pgm x-portable-bitmap=pbm
+x-portable-anymap=pnm
+audio/ mpeg=mp3 wav flac ogg=ogg,oga,opus mp4=m4a aac aiff=aif,aiff midi=mid,midi webm=weba
+video/ mp4=mp4,m4v webm ogg=ogv quicktime=mov,qt x-msvideo=avi matroska=mkv mpeg=mpg,mpeg 3gpp=3gp
+font/ woff woff2 ttf otf collection=ttc
 """
 TYPES: dict[str, str] = {}
-for _type, *_extensions in map(str.split, TYPE_TABLE.split(";")):
-    TYPES.update(dict.fromkeys(_extensions, _type))
+for _word in TYPE_TABLE.split():
+    if _word.endswith("/"):
+        _group = _word
+    else:
+        _subtype, _, _extensions = _word.partition("=")
+        TYPES.update(dict.fromkeys((_extensions or _subtype).split(","), _group + _subtype))
 UNSPECIFIC_TYPES = ("application/octet-stream", falcon.MEDIA_URLENCODED, falcon.MEDIA_MULTIPART)
 
 K = TypeVar("K")
@@ -190,9 +184,9 @@ T = TypeVar("T")
 class ArtefactsError(Exception):
     """Base of all errors of the storage. `detail` tells the person what happened and what to do."""
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, code: str = "in_the_way") -> None:
         super().__init__(detail)
-        self.detail = detail
+        self.detail, self.code = detail, code
 
 
 class InvalidName(ArtefactsError):
@@ -209,10 +203,6 @@ class NotFound(ArtefactsError):
 
 class Conflict(ArtefactsError):
     """Something that exists prevents the change. `code`: "exists", "in_the_way" or "write_once"."""
-
-    def __init__(self, detail: str, code: str = "in_the_way") -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 class PreconditionFailed(ArtefactsError):
@@ -273,17 +263,15 @@ class Artefact:
 
 def version_time(version: str) -> int:
     """Return the µs since the epoch that a version is named after. NotFound: it is not a version."""
-    with contextlib.suppress(ValueError):
-        if VERSION.fullmatch(version):
-            return (datetime.datetime.fromisoformat(version) - EPOCH) // MICROSECOND
-    raise NotFound(f"'{version}' is not a version. ?versions lists them.")
+    if not is_version(version):
+        raise NotFound(f"'{version}' is not a version. ?versions lists them.")
+    return (datetime.datetime.fromisoformat(version) - EPOCH) // MICROSECOND
 
 
 def is_version(name: str) -> bool:
-    try:
-        return version_time(name) >= 0
-    except NotFound:
-        return False
+    with contextlib.suppress(ValueError):
+        return bool(VERSION.fullmatch(name)) and datetime.datetime.fromisoformat(name) >= EPOCH
+    return False
 
 
 def current_time() -> int:
@@ -323,6 +311,7 @@ def check_names(directory: str, id: str) -> tuple[str, ...]:
     return tuple(check_segment(segment, "id") for segment in id.split("/"))
 
 
+@functools.lru_cache(1024)
 def specific_type(announced: str | None) -> str | None:
     """Return the media type that a client chose, None if it is missing, malformed or unspecific."""
     announced = (announced or "").strip()
@@ -347,6 +336,7 @@ STAGED = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NFS locks o
 LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
+NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
 
 
 def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
@@ -354,7 +344,7 @@ def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(look_up)
     def retry(*args: P.args, **kwargs: P.kwargs) -> T:
-        for _ in range(ESTALE_RETRIES):
+        for _ in range(RETRIES):
             try:
                 return look_up(*args, **kwargs)
             except OSError as error:
@@ -365,45 +355,48 @@ def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
     return retry
 
 
+def is_removed(error: OSError) -> bool:
+    """Return whether what was in an open folder is missing now. ESTALE: another host removed the folder."""
+    return isinstance(error, MISSING) or error.errno == errno.ESTALE
+
+
+def refuse(id: str, error: OSError) -> None:
+    """Raise the error: what `Files.walk` does by default with what it cannot read."""
+    raise error
+
+
 class Descriptor:
-    """A file descriptor that is closed at the end of a `with` block, or by `close()`."""
+    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers
+    to it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
 
     __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
     def release(self) -> int:
         """Return the descriptor, which the caller closes. This object is then empty."""
         fd, self.fd = self.fd, -1
         return fd
 
+    def close(self, *_: object) -> None:
+        if (fd := self.fd) >= 0:
+            self.fd = -1
+            os.close(fd)
+
     def __enter__(self) -> int:
         return self.fd
 
-    def __exit__(self, *_: object) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+    __exit__ = __del__ = close
 
 
-class CachedDescriptor(Descriptor):
-    """A file descriptor that is closed when the cache drops it."""
-
-    __slots__ = ()
-    __del__ = Descriptor.close
+NO_FILE = Descriptor(-1)  # for an object that has no open file (yet)
 
 
 class Bounded(dict[K, T]):
     """A cache with a limit on total cost. When the limit is exceeded, the whole cache is cleared."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__()
         self.limit = self.free = limit
 
     def keep(self, key: K, value: T, cost: int = 1) -> None:
@@ -419,14 +412,15 @@ class Bounded(dict[K, T]):
 class Files:
     """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
 
-    A folder's path is a sequence of names below the root, a file is a name in an open folder."""
+    A folder's path is a sequence of names below the root, a file is a name in an open folder. The caller
+    closes the folders that it gets."""
 
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
         self.root, self.fsync = root, fsync
         # Folders whose names are known to be durable. Each is kept open: no other folder gets the inode
         # number of an open one, even if another process removes it and makes a new one.
-        self.durable_folders = Bounded[tuple[int, int], CachedDescriptor](OPEN_FOLDERS)
+        self.durable_folders = Bounded[tuple[int, int], Descriptor](OPEN_FOLDERS)
         self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
@@ -440,20 +434,17 @@ class Files:
         """Return a name that no other thread, process or host uses for a staging file."""
         return f"{self._token}-{os.getpid()}-{next(self._number)}"
 
-    def make_root(self) -> None:
+    def make_root(self, path: str) -> None:
         """Make the root if it is missing, and the folders that it is in, durably."""
-        missing, path = [], self.root
-        while not os.path.lexists(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
+        if not os.path.lexists(path):
+            self.make_root(parent := os.path.dirname(path))
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path)
-            with Descriptor(os.open(os.path.dirname(path), FOLDER)) as parent:
-                self.sync(parent)
+            with Descriptor(os.open(parent, FOLDER)) as folder:
+                self.sync(folder)
 
     def open_folder(self, *names: str) -> Descriptor:
-        """Return an open folder, by default the root. The caller closes it. Unavailable: there is no root."""
+        """Return an open folder, by default the root. Unavailable: there is no root."""
         try:
             folder = Descriptor(os.open(f"{self.root}/{names[0]}" if names else self.root, FOLDER))
         except FileNotFoundError as error:
@@ -467,7 +458,7 @@ class Files:
         return folder
 
     def open_own(self, name: str) -> Descriptor:
-        """Return one of the repository's own folders, made if it is missing. The caller closes it."""
+        """Return one of the repository's own folders, open, made if it is missing."""
         try:
             return self.open_folder(name)
         except FileNotFoundError:
@@ -475,44 +466,44 @@ class Files:
                 os.mkdir(f"{self.root}/{name}")
             return self.open_folder(name)
 
-    def make_folder(self, *names: str) -> Descriptor:
-        """Return an open folder, made if it is missing. The caller closes it. Conflict: a file or a
-        link is in the way. The names of all folders in the path are durable, parents first. An
-        existing folder is synced once, too: its maker may have died before its own fsync."""
-        with contextlib.suppress(*MISSING):
-            with (folder := self.open_folder(*names)) as fd:
-                if not self.fsync or inode(fd) in self.durable_folders:
-                    return Descriptor(folder.release())
+    def is_durable(self, folder: int) -> bool:
+        """Return whether the names of an open folder and of those above it are known to be durable."""
+        return not self.fsync or inode(folder) in self.durable_folders
+
+    def make_folder(self, *names: str, existing: Descriptor | None = None) -> Descriptor:
+        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
+        names of all folders in the path are durable, parents first. An existing folder is synced once,
+        too: its maker may have died before its own fsync. `existing`: the folder, if it is open already."""
+        try:
+            folder = existing or self.open_folder(*names)
+            if self.is_durable(folder.fd):
+                return folder
+            folder.close()
+        except MISSING:
+            pass
         folder = self.open_folder()
         for name in names:
             with folder as parent:
-                folder = self._make_child(parent, name, "/".join(names[1:]))
+                try:
+                    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+                except FileNotFoundError:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=parent)
+                    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+                except NotADirectoryError:
+                    raise in_the_way("/".join(names[1:])) from None
+                if not self.is_durable(folder.fd):
+                    self.sync(parent)
+                    self.durable_folders.keep(inode(folder.fd), Descriptor(os.dup(folder.fd)))
         return folder
-
-    def _make_child(self, parent: int, name: str, path: str) -> Descriptor:
-        """Return the folder of this name, open, made if it is missing, with a durable name."""
-        try:
-            folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(name, dir_fd=parent)
-            folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
-        except NotADirectoryError:
-            raise in_the_way(path) from None
-        with folder as fd:
-            if self.fsync and (key := inode(fd)) not in self.durable_folders:
-                self.sync(parent)
-                self.durable_folders.keep(key, CachedDescriptor(os.dup(fd)))
-            return Descriptor(folder.release())
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
         """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
         BlockingIOError: it is taken, and `wait` is False."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
-        with lock as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return Descriptor(lock.release())
+        fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
         """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
@@ -523,9 +514,8 @@ class Files:
         own times show no change, unless a change within one tick of the clock could be hidden."""
         texts: list[str] = []  # the names, some thousands in each
         for scan in range(SCANS):
-            now, status = time.time_ns(), os.fstat(folder)
-            cached = self._listed.get(key := identity(status))
-            if cached is not None:
+            now, key = time.time_ns(), identity(status := os.fstat(folder))
+            if (cached := self._listed.get(key)) is not None:
                 return cached
             with os.scandir(folder) as entries:
                 names = (
@@ -545,15 +535,21 @@ class Files:
         return found
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
-             unreadable: list[tuple[str, OSError]] | None = None) -> Iterator[tuple[str, int, str]]:
+             on_error: Callable[[str, OSError], None] = refuse) -> Iterator[tuple[str, int, str]]:
         """Yield (id, its open folder, its name there) for every file below an open folder, in the
         order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
         `inside` is the id of the folder itself, with a slash at its end.
 
-        Does not enter folders in which no id can match. Folders that cannot be read are added to
-        `unreadable`; if that is None, their OSError is raised. A folder removed meanwhile is skipped."""
+        Does not enter folders in which no id can match. Calls `on_error` with the id of a folder that cannot
+        be read, or was removed meanwhile, and with the error."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
-        for name in self.names(folder, prefix[len(inside) :], after_here):
+        try:
+            names = self.names(folder, prefix[len(inside) :], after_here)
+        except OSError as error:
+            if not is_removed(error):
+                raise
+            return
+        for name in names:
             id = inside + name
             if len(id) > MAX_ID // 4 and len(id.encode()) > longest:
                 continue
@@ -563,40 +559,32 @@ class Files:
             elif id.startswith(prefix[: len(id)]) and (id > after or after.startswith(id)):
                 try:
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
-                        yield from self.walk(child, id, prefix, after, longest, unreadable)
-                except MISSING:
-                    pass
+                        yield from self.walk(child, id, prefix, after, longest, on_error)
                 except OSError as error:
-                    if unreadable is None:
-                        raise
-                    unreadable.append((id, error))
+                    on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
         """Remove a file, or a folder with everything below it, from an open folder.
 
         Folders are first moved up into the outermost one, so that any depth needs few descriptors and no
         recursion: shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
-        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        if not is_folder(parent, name):
             os.unlink(name, dir_fd=parent)
             return
-        folders: list[str] = []
         with open_writable(parent, name) as top:
-
-            def empty(folder: int) -> None:
-                for child in os.listdir(folder):
-                    if stat.S_ISDIR(os.stat(child, dir_fd=folder, follow_symlinks=False).st_mode):
-                        open_writable(folder, child).close()  # a read-only folder cannot be moved
-                        folders.append(self.unique_name())
-                        os.rename(child, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
-                    else:
-                        os.unlink(child, dir_fd=folder)
-
-            empty(top)
+            folders = ["."]
             while folders:
-                name_in_top = folders.pop()
-                with open_writable(top, name_in_top) as folder:
-                    empty(folder)
-                os.rmdir(name_in_top, dir_fd=top)
+                moved = folders.pop()
+                with open_writable(top, moved) as folder:
+                    for child in os.listdir(folder):
+                        if is_folder(folder, child):
+                            open_writable(folder, child).close()  # a read-only folder cannot be moved
+                            folders.append(self.unique_name())
+                            os.rename(child, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
+                        else:
+                            os.unlink(child, dir_fd=folder)
+                if moved != ".":
+                    os.rmdir(moved, dir_fd=top)
         os.rmdir(name, dir_fd=parent)
         self.close_removed()
 
@@ -604,12 +592,12 @@ class Files:
         """Close the durable folders that were removed: an open one prevents a remount as read-only."""
         for key, folder in tuple(self.durable_folders.items()):
             try:
-                if os.fstat(folder.fd).st_nlink:
-                    continue
+                removed = not os.fstat(folder.fd).st_nlink
             except OSError as error:
-                if error.errno != errno.ESTALE:  # another host removed it
+                if not (removed := is_removed(error)):
                     raise
-            self.durable_folders.pop(key, None)
+            if removed:
+                self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -620,19 +608,19 @@ class Files:
 
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
-        with contextlib.ExitStack() as stack:
-            parents = [stack.enter_context(self.open_folder(names[0]))]
-            for name in names[1:-1]:
-                parents.append(stack.enter_context(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1]))))
-            for name in reversed(names[1:]):
-                try:
-                    os.rmdir(name, dir_fd=parents.pop())
-                except OSError as error:
-                    # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
-                    # EBUSY: something is mounted there.
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
-                        raise
-                    break
+        parents = [self.open_folder(names[0])]
+        for name in names[1:-1]:
+            parents.append(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1].fd)))
+        for name in reversed(names[1:]):
+            try:
+                with parents.pop() as parent:
+                    os.rmdir(name, dir_fd=parent)
+            except OSError as error:
+                # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
+                # EBUSY: something is mounted there.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
+                    raise
+                break
         self.close_removed()
 
 
@@ -653,30 +641,37 @@ def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
         yield from names_between(low, high)
 
 
+def is_folder(parent: int, name: str) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+
+
 def open_writable(parent: int, name: str) -> Descriptor:
     """Return an open folder whose permissions allow to remove what is in it, if it is ours."""
-    with (folder := Descriptor(os.open(name, FOLDER, dir_fd=parent))) as fd:
-        with contextlib.suppress(PermissionError):
-            os.fchmod(fd, 0o700)
-        return Descriptor(folder.release())
+    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+    with contextlib.suppress(PermissionError):
+        os.fchmod(folder.fd, 0o700)
+    return folder
 
 
-@contextlib.contextmanager
-def explain_refusal(directory: str) -> Iterator[None]:
-    """Turn the errors by which the file system of a directory refuses a name or a rename into CannotStore."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EBUSY):
-            raise CannotStore(
-                f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-                "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-            ) from error
-        if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-            raise CannotStore(
-                f"The file system of the directory '{directory}' does not accept this name. Choose another."
-            ) from error
-        raise
+def explain_refusal(directory: str, error: OSError) -> None:
+    """Raise CannotStore if the file system of a directory refused a name or a rename with this error."""
+    if error.errno in (errno.EXDEV, errno.EBUSY):
+        raise CannotStore(
+            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
+            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
+        ) from error
+    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        raise CannotStore(
+            f"The file system of the directory '{directory}' does not accept this name. Choose another."
+        ) from error
+
+
+def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
+    """Log what cannot be read, and add its id to `unreadable`. Skip what is removed."""
+    if not is_removed(error):
+        log.error("%s/%s cannot be read: %s", directory, id, error)
+        if unreadable is not None:
+            unreadable.append(id)
 
 
 def in_the_way(path: str) -> Conflict:
@@ -706,7 +701,9 @@ TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
 PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
-NO_ATTRIBUTES = {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG}
+NO_ATTRIBUTES = {
+    errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG, errno.ENODATA,
+}  # fmt: skip
 
 
 def read_attribute(fd: int, name: str) -> str:
@@ -714,7 +711,7 @@ def read_attribute(fd: int, name: str) -> str:
     try:
         return os.getxattr(fd, name).decode("latin-1") if HAS_ATTRIBUTES else ""
     except OSError as error:
-        if error.errno not in NO_ATTRIBUTES | {errno.ENODATA}:
+        if error.errno not in NO_ATTRIBUTES:
             raise
         return ""
 
@@ -736,21 +733,21 @@ def inherit_access(fd: int, folder: int) -> bool:
     return changed
 
 
-def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
-    if HAS_ATTRIBUTES:
-        value = f"{artefact.sha256} {stamp_of(status)}{' utf-8' if artefact.is_utf8 else ''}"
-        os.setxattr(fd, DIGEST_ATTRIBUTE, value.encode())
-
-
-def write_attributes(fd: int, artefact: Artefact) -> None:
-    """Store type and digest with an open file, if its file system has attributes."""
+def write_attribute(fd: int, name: str, value: str) -> bool:
+    """Store an extended attribute with an open file. Return False if its file system has none."""
     try:
         if HAS_ATTRIBUTES:
-            os.setxattr(fd, TYPE_ATTRIBUTE, artefact.type.encode())
-        write_digest(fd, artefact, os.fstat(fd))
+            os.setxattr(fd, name, value.encode())
+        return HAS_ATTRIBUTES
     except OSError as error:
         if error.errno not in NO_ATTRIBUTES:
             raise
+        return False
+
+
+def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
+    value = f"{artefact.sha256} {stamp_of(status)}{' utf-8' if artefact.is_utf8 else ''}"
+    write_attribute(fd, DIGEST_ATTRIBUTE, value)
 
 
 def stamp_of(status: os.stat_result) -> str:
@@ -763,26 +760,31 @@ def time_of(status: os.stat_result) -> int:
     return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
 
 
-def is_utf8(fd: int, artefact: Artefact) -> bool:
-    """Return whether a file has a text type by its name, and its bytes are UTF-8. Reads a text file."""
-    if not artefact.type.startswith("text/") or artefact.type != type_of(artefact.id):
+def file_pieces(fd: int) -> Iterator[bytes]:
+    """Yield the bytes of an open file, PIECE at a time."""
+    start = 0
+    while piece := os.pread(fd, PIECE, start):
+        yield piece
+        start += len(piece)
+
+
+def is_utf8(id: str, type: str, pieces: Iterable[bytes]) -> bool:
+    """Return whether a file has a text type by its name, and its bytes are UTF-8."""
+    if not type.startswith("text/") or type != type_of(id):
         return False
-    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    with contextlib.suppress(UnicodeDecodeError):
-        while piece := os.pread(fd, PIECE, start):
-            decoder.decode(piece)
-            start += len(piece)
-        decoder.decode(b"", final=True)
+    try:
+        for _ in codecs.iterdecode(pieces, "utf-8"):
+            pass
         return True
-    return False
+    except UnicodeDecodeError:
+        return False
 
 
 def sha256_of(fd: int) -> str:
     """Return the SHA-256 of an open file, in hex. Reads the whole file."""
-    digest, start = hashlib.sha256(), 0
-    while piece := os.pread(fd, PIECE, start):
+    digest = hashlib.sha256()
+    for piece in file_pieces(fd):
         digest.update(piece)
-        start += len(piece)
     return digest.hexdigest()
 
 
@@ -842,8 +844,9 @@ class Content:
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            utf8, sha256 = is_utf8(self.file.fd, self.artefact), sha256_of(self.file.fd)
-            self.artefact = replace(self.artefact, sha256=sha256, is_utf8=utf8)
+            fd, artefact = self.file.fd, self.artefact
+            utf8 = is_utf8(artefact.id, artefact.type, file_pieces(fd))
+            self.artefact = replace(artefact, sha256=sha256_of(fd), is_utf8=utf8)
             self._metadata.store_digest(self.file.fd, self.artefact, self.status)
         return self.artefact
 
@@ -864,16 +867,9 @@ class Content:
         return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
 
     def renew(self) -> bool:
-        """Store that these bytes were pushed now. Return whether the file has attributes. The caller
+        """Store that these bytes were pushed now. Return False if the file has no attributes. The caller
         makes it durable."""
-        try:
-            if HAS_ATTRIBUTES:
-                os.setxattr(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()).encode())
-            return HAS_ATTRIBUTES
-        except OSError as error:
-            if error.errno not in NO_ATTRIBUTES:
-                raise
-            return False
+        return write_attribute(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()))
 
     def read(self, start: int, length: int) -> bytes:
         """Return at most `length` bytes, from byte `start` on."""
@@ -893,7 +889,7 @@ class Content:
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
-                cached = Content(self._metadata, self.artefact, Descriptor(-1), self.status, self._whole)
+                cached = Content(self._metadata, self.artefact, NO_FILE, self.status, self._whole)
                 cost = len(self._whole) + 2048  # with the objects around them
                 self._metadata.small.keep(identity(self.status), cached, cost)
         return self._whole
@@ -902,29 +898,22 @@ class Content:
         """Return the file as an object of its own, which the caller closes. This one is then closed."""
         return io.FileIO(self.file.release())
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 # == Uploads: bytes on their way in ===============================================================
 
 
-class HashThreads:
-    """Threads that compute digests, a pool for each process: a fork has none of its parent's threads."""
-
-    def __init__(self) -> None:
-        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it belongs to
-
-    def submit(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), ThreadPoolExecutor(os.cpu_count(), "sha256")
-        return self._pool[1].submit(job, *args, **kwargs)
+@functools.lru_cache(1)
+def hash_threads(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process that compute digests: a fork has none of its parent's threads."""
+    return ThreadPoolExecutor(os.cpu_count(), "sha256")
 
 
 class Upload:
@@ -935,26 +924,25 @@ class Upload:
     one. An upload is pushed once; any use after that raises ValueError. The caller of `Reader.stage` closes
     it; closing removes a file that was not pushed."""
 
-    def __init__(self, files: Files, hash_threads: HashThreads, limit: int | None = None) -> None:
+    def __init__(self, files: Files, limit: int | None = None) -> None:
         self.size = 0  # bytes
         self.limit = limit  # bytes
         self.fault: Exception | None = None  # set if a write failed where it could not raise; see `verify`
         self.sealed = False  # whether the file is complete and durable
-        self._files, self._hash_threads = files, hash_threads
-        self._memory, self._file, self._name, self._incoming = bytearray(), Descriptor(-1), "", Descriptor(-1)
+        self._files, self._memory = files, bytearray()
+        self._file, self._name, self._incoming = NO_FILE, "", NO_FILE
         self._sha256, self._hashed, self._read = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
         self._hashing: Future[None] | None = None
-        self._closed = False
+        self._ended = False  # pushed or closed
 
     def write(self, data: bytes | memoryview) -> None:
         """Append to the file. TooLarge: the limit is exceeded."""
         if self.limit is not None and self.size + len(data) > self.limit:
             raise TooLarge(f"The limit is {self.limit} bytes. Send less; PUT the files of a form one by one.")
-        if self._file.fd < 0 and self.size + len(data) <= PIECE:
-            self._check_usable()
+        if self._file.fd < 0 and self.size + len(data) <= PIECE and not self._ended:
             self._memory += data
         else:
-            write_all(self._staged(), data)
+            write_all(self.fd, data)
         self.size += len(data)
         if self.size <= HASH_INLINE:
             self._sha256.update(data)
@@ -968,7 +956,7 @@ class Upload:
         size = content.artefact.size
         if self.limit is not None and size > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
-        file = self._staged()
+        file = self.fd
         try:
             while self.size < size:
                 copied = os.copy_file_range(content.file.fd, file, COPY_PIECE, self.size)
@@ -982,21 +970,22 @@ class Upload:
             for piece in content.pieces():
                 self.write(piece)
 
-    def _hash_behind(self) -> None:
-        if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
-            self._hashing = self._hash_threads.submit(self._hash, self.size)
-
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
         piece = self._part(self._read, self.size if size < 0 else size)
         self._read += len(piece)
         return piece
 
+    def pieces(self) -> Iterator[bytes]:
+        """Yield all bytes that were written, PIECE at a time."""
+        for start in range(0, self.size, PIECE):
+            yield self._part(start, PIECE)
+
     def equals(self, content: Content) -> bool:
         """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
         a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact."""
         return self.size == content.artefact.size and all(
-            self._part(start, PIECE) == content.read(start, PIECE) for start in range(0, self.size, PIECE)
+            piece == content.read(number * PIECE, PIECE) for number, piece in enumerate(self.pieces())
         )
 
     def verify(self, length: int | None, sha256: str | None) -> None:
@@ -1016,9 +1005,10 @@ class Upload:
 
     def seal(self, artefact: Artefact) -> None:
         """Set the file's time and attributes, and fsync it."""
-        file = self._staged()
+        file = self.fd
         os.utime(file, ns=(artefact.time * 1000, artefact.time * 1000))
-        write_attributes(file, artefact)
+        write_attribute(file, TYPE_ATTRIBUTE, artefact.type)
+        write_digest(file, artefact, os.fstat(file))
         self.sync()
         self.sealed = True
 
@@ -1026,7 +1016,7 @@ class Upload:
         """Fsync the file. If that fails the upload is closed: a second fsync would report a success that
         is none."""
         try:
-            self._files.sync(self._staged())
+            self._files.sync(self.fd)
         except OSError:
             self.close()
             raise
@@ -1035,35 +1025,21 @@ class Upload:
         """Give the file another name, in an open folder. FileExistsError: the name is taken."""
         os.link(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder, follow_symlinks=False)
 
-    def move(self, folder: int, name: str) -> None:
-        """Rename the file to `name` in an open folder: the moment of the commit."""
+    def move(self, folder: int, name: str) -> os.stat_result:
+        """Rename the file to `name` in an open folder: the moment of the commit. Return its status."""
         os.rename(self._name, name, src_dir_fd=self._incoming.fd, dst_dir_fd=folder)
-        self._name = ""
-
-    @property
-    def moved(self) -> bool:
-        """Return whether the file was moved to its name."""
-        return self._file.fd >= 0 and not self._name
+        self._ended, self._name = True, ""
+        return os.fstat(self._file.fd)
 
     @property
     def hashing(self) -> Future[None] | None:
         """Return the running hash job if the hash is HASH_BEHIND bytes behind the writer."""
         return self._hashing if self.size - self._hashed >= HASH_BEHIND else None
 
-    def status(self) -> os.stat_result:
-        """Return the status of the file, which may have been moved."""
-        return os.fstat(self._file.fd)
-
-    @property
-    def fd(self) -> int:
-        """Return the descriptor of the staging file, made if it is missing. The upload closes it."""
-        return self._staged()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Free everything. A file that was not moved is removed."""
-        self._closed = True
+        self._ended, name, self._name = True, self._name, ""
         self._end_hashing()
-        name, self._name = self._name, ""
         with self._incoming as incoming, self._file:
             if name:
                 with contextlib.suppress(FileNotFoundError):  # removed by a sweep
@@ -1074,24 +1050,29 @@ class Upload:
             return bytes(self._memory[start : start + size])
         return os.pread(self._file.fd, size, start)
 
-    def _check_usable(self) -> None:
-        if self._closed or (self._file.fd >= 0 and not self._name):
+    @property
+    def fd(self) -> int:
+        """Return the descriptor of the staging file, made from the memory if it is missing. The upload
+        closes it."""
+        if self._ended:
             raise ValueError("this upload is pushed or closed; stage another one")
-
-    def _staged(self) -> int:
-        """Return the descriptor of the staging file, made from the memory if it is missing."""
-        self._check_usable()
         while self._file.fd < 0:
             self._incoming, self._name = self._files.open_own(INCOMING), self._files.unique_name()
             self._file = Descriptor(os.open(self._name, STAGE, 0o666, dir_fd=self._incoming.fd))
-            with contextlib.suppress(BlockingIOError):  # a sweep removes what it can lock
+            try:
                 fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self._file.fd).st_nlink:
                     write_all(self._file.fd, self._memory)
                     self._memory.clear()
                     break
+            except BlockingIOError:  # a sweep removes what it can lock
+                pass
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
+
+    def _hash_behind(self) -> None:
+        if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
+            self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
         """Return when no thread hashes this upload. A job that has not started is cancelled: it would
@@ -1102,7 +1083,7 @@ class Upload:
     def _hash(self, end: int) -> None:
         # From the page cache and not from a queue: however far the hash falls behind a fast
         # client, it uses no memory and the receiving thread does not wait for it.
-        while self._hashed < end and not self._closed:
+        while self._hashed < end and not self._ended:
             piece = os.pread(self._file.fd, min(HASH_PIECE, end - self._hashed), self._hashed)
             if not piece:
                 raise Damaged("The staging file became shorter. Push the artefact again.")
@@ -1112,8 +1093,7 @@ class Upload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 # == Versions: the earlier versions of one artefact ===============================================
@@ -1125,23 +1105,20 @@ class Versions:
     The folder's own modification time is that of the newest version. Everything that changes them is
     called under the directory's lock."""
 
-    def __init__(self, files: Files, stage: Callable[[], Upload], directory: str,
-                 segments: Sequence[str]) -> None:
-        self._files, self._stage = files, stage
-        self._folder, self._name = (directory, *segments[:-1]), segments[-1]
+    def __init__(self, files: Files, directory: str, segments: Sequence[str]) -> None:
+        self._files, self._folder, self._name = files, (directory, *segments[:-1]), segments[-1]
         self._path = (directory, VERSIONS, *segments)
 
     @retry_on_estale
     def names(self) -> list[str]:
         """Return the names of the versions, oldest first."""
-        with self._open() or contextlib.nullcontext() as folder:
-            if folder is None:
-                return []
-            with os.scandir(folder) as entries:
+        with contextlib.suppress(*MISSING):
+            with self._files.open_folder(*self._path) as folder, os.scandir(folder) as entries:
                 return sorted(
                     entry.name for entry in entries
                     if is_version(entry.name) and entry.is_file(follow_symlinks=False)
                 )
+        return []
 
     def may_exist(self, folder: int) -> bool:
         """Return False if there is no version for certain. `folder`: the artefact's open folder."""
@@ -1154,16 +1131,16 @@ class Versions:
     def newest_time(self) -> int:
         """Return the time (µs) of the newest version, -1 if there is none. Does not read the names,
         which may be thousands."""
-        with self._open() or contextlib.nullcontext() as folder:
-            return -1 if folder is None else time_of(os.fstat(folder))
+        with contextlib.suppress(*MISSING), self._files.open_folder(*self._path) as folder:
+            return time_of(os.fstat(folder))
+        return -1
 
     def keep(self, current: Content, newest: int) -> str:
         """Hard-link the current file under its version name and fsync. If other bytes have the name,
         use the next microsecond. Return the version. `newest` (µs): the newest time after the commit."""
         version = current.artefact
-        make_folder = self._files.make_folder
-        with make_folder(*self._folder) as folder, make_folder(*self._path) as versions:
-            while not self._link(current, version, folder, versions):
+        with self._files.make_folder(*self._path) as versions:
+            while not self._link(current, version, versions):
                 if version.time == LAST_TIME:
                     raise Conflict(f"No version is later than '{version.id}'. Touch the file.")
                 version = replace(version, time=version.time + 1)
@@ -1172,16 +1149,16 @@ class Versions:
             self._files.sync(versions)
         return version.version
 
-    def _link(self, current: Content, version: Artefact, folder: int, versions: int) -> bool:
+    def _link(self, current: Content, version: Artefact, versions: int) -> bool:
         """Link the current file, or a copy of it if its time is another one or it belongs to another
         user (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
         name = version.version
         try:
             if version.time == current.artefact.time:
-                with contextlib.suppress(PermissionError):
+                with contextlib.suppress(PermissionError), self._files.open_folder(*self._folder) as folder:
                     os.link(self._name, name, src_dir_fd=folder, dst_dir_fd=versions, follow_symlinks=False)
                     return True
-            with self._stage() as copy:
+            with Upload(self._files) as copy:
                 copy.copy(current)
                 inherit_access(copy.fd, versions)
                 copy.seal(replace(version, sha256=current.digested().sha256))
@@ -1212,13 +1189,6 @@ class Versions:
         others = [name for name in earlier if name != added]
         self.drop(others[: max(0, len(others) + (added is not None) - keep)])
 
-    def _open(self) -> Descriptor | None:
-        """Return the open folder, or None if it is missing. The caller closes it."""
-        try:
-            return self._files.open_folder(*self._path)
-        except MISSING:
-            return None
-
 
 # == Reading: artefacts and versions, found and opened ============================================
 
@@ -1229,7 +1199,6 @@ class Reader:
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True) -> None:
         self.files, self.metadata = Files(os.path.realpath(data), fsync), Metadata()
-        self.hash_threads = HashThreads()
         self.root, self.durable = self.files.root, fsync
 
     def directories(self) -> list[str]:
@@ -1253,41 +1222,30 @@ class Reader:
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
         and `matches`. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot
-        be read is logged, and its id added to `unreadable` at the end, a folder's with a slash. A caller
-        that does not read to the end closes the generator."""
-        errors: list[tuple[str, OSError]] = []
-        try:
-            with self.open_directory(directory) as folder:
-                for id, inside, name in self.files.walk(folder, "", prefix, after, unreadable=errors):
-                    if matches is not None and not matches(id):
-                        continue
+        be read is logged, and its id added to `unreadable`, a folder's with a slash. A caller that does not
+        read to the end closes the generator."""
+        on_error = functools.partial(report_unreadable, directory, unreadable)
+        with self.open_directory(directory) as folder:
+            for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
+                if matches is None or matches(id):
                     try:
-                        artefact = self._describe(inside, name, directory, id, digests)
+                        yield self._describe(inside, name, directory, id, digests)
+                    except Conflict:  # it is no file
+                        pass
                     except OSError as error:
-                        errors.append((id, error))
-                    else:
-                        if artefact is not None:
-                            yield artefact
-        finally:
-            self._report(directory, errors, unreadable)
+                        on_error(id, error)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
         """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
         such directory. Their digests may not be known. What cannot be read is logged."""
         self.open_directory(directory).close()
-        newest = dict(self._earlier(directory))  # of one id, the last one is the newest
-        for id in sorted(newest):
-            if id.startswith(prefix) and id > after:
-                try:
-                    with self.fetch(directory, id, newest[id]) as content:
-                        segments = check_names(directory, id)
-                        with self.current(directory, segments) or contextlib.nullcontext() as current:
-                            if current is None:
-                                yield content.artefact
-                except (NotFound, InvalidName):
-                    pass
-                except OSError as error:
-                    self._report(directory, [(id, error)], None)
+        on_error = functools.partial(report_unreadable, directory, None)
+        newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
+        stored = ((id, newest[id]) for id in sorted(newest) if id.startswith(prefix) and id > after)
+        for artefact in self._read(directory, stored, lambda content: content.artefact, on_error):
+            with self.look_up(directory, check_names(directory, artefact.id)) or NOTHING as current:
+                if current is None:
+                    yield artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
@@ -1296,18 +1254,16 @@ class Reader:
         from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
         open, and only its digest and `whole()` can be used."""
         segments = check_names(directory, id)
-        cached = self._find_small(directory, segments, id) if from_memory and version is None else None
-        current = cached or self.current(directory, segments)
-        if current is not None:
+        if from_memory and version is None and (cached := self._find_small(directory, segments, id)):
+            return cached
+        if (current := self.look_up(directory, segments)) is not None:
             if version is None or current.artefact.version == version:
                 return current
             current.close()
         if version is None:
             raise NotFound(f"'{directory}' has no artefact '{id}'.")
         # The current artefact was looked up first: it becomes a version before it is replaced.
-        at, earlier = version_time(version), None
-        with contextlib.suppress(Conflict):
-            earlier = self.find(directory, (VERSIONS, *segments, version), id, at)
+        earlier = self.look_up(directory, (VERSIONS, *segments, version), id, version_time(version))
         if earlier is None:
             raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
         return earlier
@@ -1337,10 +1293,10 @@ class Reader:
         """Return the names of all versions, newest first, each with whether it is the current one.
         NotFound: there is none. Opens no version."""
         segments = check_names(directory, id)
-        versions = self.versions_of(directory, segments)
+        versions = Versions(self.files, directory, segments)
         earlier, current = versions.names(), None
-        for _ in range(VERSION_SCANS):
-            with self.current(directory, segments) or contextlib.nullcontext() as content:
+        for _ in range(RETRIES):
+            with self.look_up(directory, segments) or NOTHING as content:
                 current = content and content.artefact.version
             before, earlier = earlier, versions.names()
             if earlier == before:
@@ -1364,36 +1320,43 @@ class Reader:
         `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
         for directory in self.directories():
             unreadable: list[str] = []
+            on_error = functools.partial(report_unreadable, directory, unreadable)
             current = ((artefact.id, None) for artefact in self.artefacts(directory, unreadable=unreadable))
-            for path, stored in (("", current), (f"{VERSIONS}/", self._earlier(directory, unreadable))):
+            for stored in (current, self._earlier(directory, on_error)):
                 try:
-                    for id, version in stored:
-                        with contextlib.suppress(NotFound, InvalidName):
-                            with self.fetch(directory, id, version) as content:
-                                yield content.verified()
+                    yield from self._read(directory, stored, Content.verified, on_error)
                 except OSError as error:
-                    self._report(directory, [(path, error)], unreadable)
+                    on_error("", error)
                 for id in unreadable:
                     yield Artefact(directory, id, 0, 0, "", None), "unreadable"
                 unreadable.clear()
 
-    def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    def _earlier(self, directory: str,
+                 on_error: Callable[[str, OSError], None]) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
-        errors: list[tuple[str, OSError]] = []
-        with contextlib.suppress(*MISSING), self.files.open_folder(directory, VERSIONS) as folder:
-            for path, _, version in self.files.walk(folder, longest=MAX_ID + 32, unreadable=errors):
-                id = path.rpartition("/")[0]
-                if id and is_version(version):
-                    yield id, version
-        self._report(f"{directory}/{VERSIONS}", errors, unreadable)
+        walk, inside, longest = self.files.walk, f"{VERSIONS}/", 2 * MAX_ID
+        try:
+            with self.files.open_folder(directory, VERSIONS) as folder:
+                for path, _, version in walk(folder, inside, longest=longest, on_error=on_error):
+                    id = path[len(inside) : -len(version) - 1]
+                    if id and is_version(version):
+                        yield id, version
+        except OSError as error:
+            on_error(inside, error)
 
-    def _report(self, place: str, errors: Sequence[tuple[str, OSError]],
-                unreadable: list[str] | None) -> None:
-        """Log what cannot be read, and add it to `unreadable`."""
-        for id, error in errors:
-            log.error("%s/%s cannot be read: %s", place, id, error)
-            if unreadable is not None:
-                unreadable.append(id)
+    def _read(self, directory: str, stored: Iterable[tuple[str, str | None]], read: Callable[[Content], T],
+              on_error: Callable[[str, OSError], None]) -> Iterator[T]:
+        """Yield the results of a function for each (id, version) that can be opened and read."""
+        for id, version in stored:
+            try:
+                with self.fetch(directory, id, version) as content:
+                    result = read(content)
+            except (NotFound, InvalidName):  # removed meanwhile; put there by hand
+                pass
+            except OSError as error:
+                on_error(id, error)
+            else:
+                yield result
 
     # -- lookups --
 
@@ -1408,49 +1371,50 @@ class Reader:
             raise NotFound(detail) from None
 
     @retry_on_estale
-    def find(self, directory: str, path: Sequence[str], id: str = "",
-             time: int | None = None) -> Content | None:
-        """Open the file at a path below a directory, or return None if there is none. The caller
-        closes it. Conflict: something else has the name. `id` and `time` (µs) are those of a version."""
-        id = id or "/".join(path)
+    def open_path(self, directory: str, path: Sequence[str], id: str = "",
+                  time: int | None = None) -> tuple[Descriptor | None, Content | None]:
+        """Open the folder and the file at a path below a directory: each None if it is missing. The
+        caller closes both. Conflict: something else has the name. `id` and `time` (µs): of a version."""
+        id, folder = id or "/".join(path), None
         try:
-            with self.files.open_folder(directory, *path[:-1]) as folder:
-                return self._open(folder, path[-1], directory, id, time)
+            folder = self.files.open_folder(directory, *path[:-1])
+            return folder, self._open(folder.fd, path[-1], directory, id, time)
         except FileNotFoundError:
-            return None
+            return folder, None
         except OSError as error:
             if error.errno in NOT_A_FILE:
                 raise in_the_way(id) from None
             raise
 
-    def current(self, directory: str, segments: Sequence[str]) -> Content | None:
-        """Open the current artefact, or return None if there is none, whatever else has the name. It is
-        looked up twice: on NFS a name is missing for a moment while another host replaces it."""
-        try:
-            return self.find(directory, segments) or self.find(directory, segments)
-        except Conflict:
-            return None
-
-    def versions_of(self, directory: str, segments: Sequence[str]) -> Versions:
-        return Versions(self.files, self.stage, directory, segments)
+    def look_up(self, directory: str, path: Sequence[str], id: str = "",
+                time: int | None = None) -> Content | None:
+        """Open a file as `open_path` does, or return None if something else has the name. It is looked up
+        twice: on NFS a name is missing for a moment while another host replaces it."""
+        with contextlib.suppress(Conflict):
+            for _ in range(2):
+                folder, content = self.open_path(directory, path, id, time)
+                with folder or NOTHING:
+                    if content is not None:
+                        return content
+        return None
 
     def stage(self, limit: int | None = None) -> Upload:
         """Return a new upload of at most `limit` bytes. The caller closes it."""
-        return Upload(self.files, self.hash_threads, limit)
+        return Upload(self.files, limit)
 
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
         """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
         Conflict: something else has the name. `time`: µs, of a version."""
-        with (file := Descriptor(os.open(name, READ, dir_fd=folder))) as fd:
-            status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode) and next(self.files.walk(fd), None) is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-            if not stat.S_ISREG(status.st_mode):
-                raise in_the_way(id)
-            artefact = self.metadata.read(directory, id, fd, status)
-            if time is not None and time != artefact.time:
-                artefact = replace(artefact, time=time)
-            return Content(self.metadata, artefact, Descriptor(file.release()), status)
+        file = Descriptor(os.open(name, READ, dir_fd=folder))
+        status = os.fstat(file.fd)
+        if stat.S_ISDIR(status.st_mode) and next(self.files.walk(file.fd), None) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        if not stat.S_ISREG(status.st_mode):
+            raise in_the_way(id)
+        artefact = self.metadata.read(directory, id, file.fd, status)
+        if time is not None and time != artefact.time:
+            artefact = replace(artefact, time=time)
+        return Content(self.metadata, artefact, file, status)
 
     def _find_small(self, directory: str, segments: Sequence[str], id: str) -> Content | None:
         """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
@@ -1461,23 +1425,20 @@ class Reader:
         except OSError:
             return None
         content = self.metadata.small.get(identity(status))
-        return content if content is not None and content.artefact.is_named(directory, id) else None
+        return content if content and content.artefact.is_named(directory, id) else None
 
     @retry_on_estale
-    def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact | None:
-        """Return the artefact of this name in an open folder; None if it is gone or no file. `digest`:
-        compute a missing digest."""
-        try:
-            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            known = self.metadata.cached(directory, id, status)
-            if known is not None and (known.sha256 is not None or not digest):
-                return known  # the file need not be opened
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            with self._open(folder, name, directory, id) as content:
-                return content.digested() if digest else content.artefact
-        except (FileNotFoundError, Conflict):
-            return None
+    def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
+        """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
+        it is no file. `digest`: compute a missing digest."""
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        known = self.metadata.cached(directory, id, status)
+        if known is not None and (known.sha256 is not None or not digest):
+            return known  # the file need not be opened
+        if not stat.S_ISREG(status.st_mode):
+            raise in_the_way(id)
+        with self._open(folder, name, directory, id) as content:
+            return content.digested() if digest else content.artefact
 
 
 # == The repository ===============================================================================
@@ -1509,7 +1470,7 @@ class Repository(Reader):
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.keep_days = keep_days
         try:
-            self.files.make_root()
+            self.files.make_root(self.root)
             for name in (INCOMING, LOCKS, TRASH):
                 self.files.open_own(name).close()
             self.sweep()
@@ -1522,7 +1483,8 @@ class Repository(Reader):
         """Raise what a push of `size` bytes would raise now, as far as that is known without the
         bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
         segments = check_names(directory, id)
-        with self.find(directory, segments) or contextlib.nullcontext() as current:
+        folder, current = self.open_path(directory, segments)
+        with folder or NOTHING, current or NOTHING:
             check(current)
         self.check_space(size)
 
@@ -1543,38 +1505,38 @@ class Repository(Reader):
         Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
         BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
         segments = check_names(directory, id)
-        versions = self.versions_of(directory, segments)
+        versions = Versions(self.files, directory, segments)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
-        new = Artefact(directory, id, upload.size, current_time(), type_of(id, type), upload.digest())
-        by_name = by_name or specific_type(type) is None
-        if by_name and new.type.startswith("text/"):
-            new = replace(new, is_utf8=is_utf8(upload.fd, new))
+        stored_type, by_name = type_of(id, type), by_name or specific_type(type) is None
+        utf8 = by_name and is_utf8(id, stored_type, upload.pieces())
+        new = Artefact(directory, id, upload.size, current_time(), stored_type, upload.digest(), utf8)
         compared = self._compare(upload, new, segments, type) if self.durable else None
         if compared is None:
             upload.seal(new)
-        # 2. Take the directory's lock.
-        with explain_refusal(directory), (lock := self.files.lock(directory, wait)):
-            with self.find(directory, segments) or contextlib.nullcontext() as current:
-                # 3. Check the preconditions against the current state.
-                check(current)
-                # 4. Make missing folders durable.
-                with self.files.make_folder(directory, *segments[:-1]) as folder:
-                    if current is not None and is_identical(current, upload, new, compared, type) and (
-                        self.keep_days(directory) is None or current.renew()
-                    ):
-                        new = current.artefact
-                        self.files.sync(current.file.fd)  # it was renewed, or put there by hand
-                    else:
-                        new = self._replace(upload, new, current, folder, versions)
-                    # 5. Release the lock, so that the fsyncs of many pushes overlap, and fsync the folder.
-                    lock.close()
-                    self.files.sync(folder)
-                if upload.moved:
-                    self.metadata.known.keep(identity(upload.status()), new)
-                    if current is not None:
-                        self.metadata.known.pop(identity(current.status), None)
-        return new, current is None
+        try:
+            # 2. Take the directory's lock.
+            with (lock := self.files.lock(directory, wait)):
+                existing, current = self.open_path(directory, segments)
+                with existing or NOTHING, current or NOTHING:
+                    # 3. Check the preconditions against the current state.
+                    check(current)
+                    # 4. Make missing folders durable.
+                    with self.files.make_folder(directory, *segments[:-1], existing=existing) as folder:
+                        if current is not None and is_identical(current, upload, new, compared, type) and (
+                            self.keep_days(directory) is None or current.renew()
+                        ):
+                            new = current.artefact
+                            self.files.sync(current.file.fd)  # it was renewed, or put there by hand
+                        else:
+                            new = self._replace(upload, new, current, folder, versions)
+                        # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
+                        lock.close()
+                        self.files.sync(folder)
+            return new, current is None
+        except OSError as error:
+            explain_refusal(directory, error)
+            raise
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int,
                  versions: Versions) -> Artefact:
@@ -1597,10 +1559,13 @@ class Repository(Reader):
         if inherit_access(upload.fd, folder):
             upload.sync()
         try:
-            upload.move(folder, name)
-        except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
+            status = upload.move(folder, name)
+        except IsADirectoryError:  # below it are only empty folders, or `open_path` would have raised
             self.files.remove_empty(folder, name)
-            upload.move(folder, name)
+            status = upload.move(folder, name)
+        self.metadata.known.keep(identity(status), new)
+        if current is not None:
+            self.metadata.known.pop(identity(current.status), None)
         if earlier:
             self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
             versions.prune(earlier, kept, keep)
@@ -1609,7 +1574,8 @@ class Repository(Reader):
     def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str],
                  type: str | None) -> tuple[int, ...] | None:
         """Return the identity of the current file if it has the upload's bytes, else None."""
-        with self.find(new.directory, segments) or contextlib.nullcontext() as current:
+        folder, current = self.open_path(new.directory, segments)
+        with folder or NOTHING, current or NOTHING:
             if current is not None and is_identical(current, upload, new, None, type):
                 return identity(current.status)
         return None
@@ -1642,9 +1608,8 @@ class Repository(Reader):
     def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
         """Delete an artefact. If versions are kept, it becomes one. NotFound."""
         segments, keep = check_names(directory, id), self.keeps(directory)
-        self.fetch(directory, id).close()  # NotFound: no lock file is made
-        versions = self.versions_of(directory, segments)
-        with self.files.lock(directory), self.fetch(directory, id) as current:
+        versions = Versions(self.files, directory, segments)
+        with self._locked(directory), self.fetch(directory, id) as current:
             check(current)
             earlier, kept = versions.names() if keep < ALL else [], None
             if keep:
@@ -1654,9 +1619,8 @@ class Repository(Reader):
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
         """Erase one earlier version. NotFound. Conflict: it is the current one."""
-        self.fetch(directory, id, version).close()
-        versions = self.versions_of(directory, check_names(directory, id))
-        with self.files.lock(directory), self.fetch(directory, id, version) as content:
+        versions = Versions(self.files, directory, check_names(directory, id))
+        with self._locked(directory), self.fetch(directory, id, version) as content:
             check(content)
             if version not in versions.names():
                 raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
@@ -1664,11 +1628,11 @@ class Repository(Reader):
 
     def erase_all(self, directory: str, id: str, *, check: Check = accept_any) -> None:
         """Erase an artefact with all its versions. NotFound: there is neither."""
-        self.version_names(directory, id)
         segments = check_names(directory, id)
-        versions = self.versions_of(directory, segments)
-        with self.files.lock(directory):
-            with self.current(directory, segments) or contextlib.nullcontext() as current:
+        versions = Versions(self.files, directory, segments)
+        with self._locked(directory):
+            self.version_names(directory, id)
+            with self.look_up(directory, segments) or NOTHING as current:
                 check(current)
                 if current is not None:
                     self._unlink(directory, segments)
@@ -1676,13 +1640,14 @@ class Repository(Reader):
 
     def delete_directory(self, directory: str) -> None:
         """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
-        self.open_directory(directory).close()
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
-            with self.files.lock(directory):
-                self.open_directory(directory).close()  # a folder, not a symbolic link
-                with explain_refusal(directory):
+            with self._locked(directory):
+                try:
                     os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                except OSError as error:
+                    explain_refusal(directory, error)
+                    raise
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
@@ -1702,7 +1667,7 @@ class Repository(Reader):
             except NotFound:  # the directory was deleted meanwhile
                 pass
             except OSError as error:
-                self._report(directory, [("", error)], None)
+                report_unreadable(directory, None, "", error)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
         """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
@@ -1721,10 +1686,10 @@ class Repository(Reader):
                 self.erase_all(directory, id, check=check_age)
             return True
         except (NotFound, PreconditionFailed):
-            pass
+            return False
         except OSError as error:
             log.error("%s/%s cannot be deleted: %s", directory, id, error)
-        return False
+            return False
 
     def sweep(self) -> None:
         """Remove staging files whose writer has died, and what is left in the trash."""
@@ -1737,12 +1702,11 @@ class Repository(Reader):
         """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
         and the next sweep tries again."""
         try:
-            with contextlib.ExitStack() as stack:
-                if own == INCOMING:
-                    with contextlib.suppress(IsADirectoryError):  # put there by hand
-                        file = Descriptor(os.open(name, STAGED, dir_fd=folder))
-                        fcntl.flock(stack.enter_context(file), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.files.remove_tree(folder, name)
+            if own == INCOMING:
+                with contextlib.suppress(IsADirectoryError):  # put there by hand
+                    file = Descriptor(os.open(name, STAGED, dir_fd=folder))  # locked until it is removed
+                    fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.files.remove_tree(folder, name)
         except (FileNotFoundError, BlockingIOError):  # removed by another process; in use
             pass
         except OSError as error:
@@ -1768,6 +1732,13 @@ class Repository(Reader):
                     log.warning("'%s' is on another file system: nothing can be pushed to it", directory)
             if not self.keeps(directory) and os.path.exists(f"{self.root}/{directory}/{VERSIONS}"):
                 log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
+
+    def _locked(self, directory: str) -> Descriptor:
+        """Take the lock of a directory. NotFound: it does not exist; then no lock file stays for it."""
+        self.open_directory(directory).close()
+        lock = self.files.lock(directory)
+        self.open_directory(directory).close()  # else it was deleted meanwhile
+        return lock
 
     def _unlink(self, directory: str, segments: Sequence[str]) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""

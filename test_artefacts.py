@@ -1180,6 +1180,32 @@ def test_large_folders_are_listed_as_small_ones(
             assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
 
 
+@pytest.mark.parametrize(
+    ("call", "stale", "expected"),
+    [
+        ("scandir", "b", ["a/x", "c"]), ("scandir", "app", []), ("open", "b", ["a/x", "c"]),
+        ("stat", "c", ["a/x", "b/x"]),
+    ],
+)
+def test_what_another_host_removes_during_a_listing_is_skipped(
+    data: Path, monkeypatch: pytest.MonkeyPatch, call: str, stale: str, expected: list[str]
+) -> None:
+    """Simulate NFS: a folder that is open, or a name in it, has a stale handle (ESTALE)."""
+
+    def fail(file: Any, *args: Any, **options: Any) -> Any:
+        name = os.readlink(f"/proc/self/fd/{file}") if call == "scandir" else file
+        if os.path.basename(name) == stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return carry_out(file, *args, **options)
+
+    repository, carry_out, unreadable = a.Repository(data), getattr(os, call), list[str]()
+    for id in "a/x", "b/x", "c":
+        push(repository, id, b"1")
+    monkeypatch.setattr(os, call, fail)
+    assert [artefact.id for artefact in repository.artefacts("app", unreadable=unreadable)] == expected
+    assert not unreadable
+
+
 # == Storage: metadata ============================================================================
 
 
@@ -1371,7 +1397,7 @@ def test_digest_of_a_large_upload_in_uneven_pieces(data: Path, repository: a.Rep
 
 def test_digest_of_a_complete_upload_does_not_wait_for_other_uploads(repository: a.Repository) -> None:
     go, content = threading.Event(), LARGE_BODY * 4
-    blocked = [repository.hash_threads.submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
+    blocked = [a.hash_threads(os.getpid()).submit(go.wait, 20) for _ in range(os.cpu_count() or 1)]
     try:
         with repository.stage() as upload, repository.stage() as aborted:
             upload.write(content)
@@ -1671,13 +1697,13 @@ def test_names_of_versions_are_found_beside_a_stream_of_commits(
     def then_push(*args: Any, **options: Any) -> a.Content | None:
         content = find(*args, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(repository, "current", find)
+            patch.setattr(repository, "look_up", find)
             pushed.append(push(repository, "x", b"%d" % len(pushed)).version)
         return content
 
-    repository, find = a.Repository(data, keep_versions=a.ALL, fsync=False), a.Repository(data).current
+    repository, find = a.Repository(data, keep_versions=a.ALL, fsync=False), a.Repository(data).look_up
     pushed = [push(repository, "x", b"0").version]
-    monkeypatch.setattr(repository, "current", then_push)
+    monkeypatch.setattr(repository, "look_up", then_push)
     names = repository.version_names("app", "x")
     assert [name for name, _ in names] == pushed[-2::-1] and [name for name, current in names if current] == [
         pushed[-2]
