@@ -648,8 +648,13 @@ def is_folder(parent: int, name: str) -> bool:
 def open_writable(parent: int, name: str) -> Descriptor:
     """Return an open folder whose permissions allow to remove what is in it, if it is ours."""
     folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
-    with contextlib.suppress(PermissionError):
+    try:
         os.fchmod(folder.fd, 0o700)
+    except PermissionError:
+        pass
+    except OSError:  # which is logged, and the log may keep it with this frame
+        folder.close()
+        raise
     return folder
 
 
