@@ -1464,8 +1464,8 @@ class Repository(Reader):
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
                  keep_versions: int | Callable[[str], int] = 0,
-                 keep_days: Callable[[str], int | None] = lambda _: None) -> None:
-        """Make the data directory if it is missing, and remove what crashes left. If it cannot be
+                 keep_days: Callable[[str], int | None] = lambda _: None, sweep: bool = True) -> None:
+        """Make the data directory if it is missing, and `sweep`: remove what crashes left. If it cannot be
         written, the log says so, and everything can still be read.
 
         keep_versions: how many versions before the current one are kept (ALL: every one), or a function
@@ -1478,7 +1478,8 @@ class Repository(Reader):
             self.files.make_root(self.root)
             for name in (INCOMING, LOCKS, TRASH):
                 self.files.open_own(name).close()
-            self.sweep()
+            if sweep:
+                self.sweep()
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.path.isdir(self.root):
                 raise
@@ -3640,11 +3641,12 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
     return application(make_repository(data, settings, fsync), settings)
 
 
-def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool) -> Repository:
-    """Return a repository that keeps what the settings say."""
+def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool, *,
+                    sweep: bool = True) -> Repository:
+    """Return a repository that keeps what the settings say. sweep: remove what crashes left."""
     keep_versions = functools.partial(settings.rule, key="keep_versions")
     keep_days = functools.partial(settings.rule, key="keep_days")
-    return Repository(data, keep_versions=keep_versions, keep_days=keep_days, fsync=fsync)
+    return Repository(data, keep_versions=keep_versions, keep_days=keep_days, fsync=fsync, sweep=sweep)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
@@ -4452,7 +4454,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sweep", action="store_true", help="delete what keep_days says, and exit")
     add("--dry-run", action="store_true", help="with --sweep, only print it")
     add("--quiet", action="store_true", help="no line for each request")
-    return options.parse_args(arguments)
+    parsed = options.parse_args(arguments)
+    if parsed.dry_run and not parsed.sweep:
+        options.error("--dry-run goes with --sweep")
+    return parsed
 
 
 def new_token(name: str) -> str:
@@ -4596,7 +4601,7 @@ def start(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     if options.verify:
         return verify(Reader(options.data))
-    repository = make_repository(options.data, settings, not options.no_fsync)
+    repository = make_repository(options.data, settings, not options.no_fsync, sweep=not options.dry_run)
     if options.sweep:
         return sweep(repository, options.dry_run)
     sockets = listen(options.host, options.port)

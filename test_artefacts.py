@@ -5726,8 +5726,14 @@ def test_sweep_deletes_what_keep_days_says(tmp_path: Path) -> None:
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout
 
     os.utime(data / "app/old", ns=(0, a.version_time(T1) * 1000))
+    orphan, trash = data / ".incoming/0-1-0", data / ".trash/0-1-0"
+    add_file(orphan, b"x")
+    trash.mkdir(parents=True)
     assert sweep("--dry-run") == f"app/old {T1}\n" and (data / "app/old").exists()
+    assert orphan.exists() and trash.exists()
+    assert subprocess.run([*command, "--dry-run"], check=False, capture_output=True).returncode == 2
     assert sweep() == f"app/old {T1}\n" and not (data / "app/old").exists()
+    assert not orphan.exists() and not trash.exists()
     assert (data / "app/new").exists() and (data / "kept/old").exists() and sweep() == ""
 
 

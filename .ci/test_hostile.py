@@ -154,12 +154,31 @@ def requests(directory: str) -> list[bytes]:
     return [*found, put(base, form, MULTIPART, method="POST"), put(base, b"", method="DELETE")]
 
 
-def ask_all(program: Program, requests: list[bytes]) -> Iterator[int]:
-    """Yield the status of each request. Assert that no response reveals SECRET."""
+def ask_all(program: Program, requests: list[bytes], *, swapping: bool = False) -> Iterator[int]:
+    """Yield the status of each request. Assert that no response reveals SECRET.
+
+    While the directory is being swapped for a link, an archive may break off after its first byte.
+    """
     for request in requests:
-        answer = program.ask(request)
-        assert SECRET not in answer.body and sha256(SECRET).encode() not in answer.body, request[:80]
-        yield answer.status
+        if swapping and b"?format=tar" in request:
+            status, body = ask_for_archive(program, request)
+        else:
+            answer = program.ask(request)
+            status, body = answer.status, answer.body
+        assert SECRET not in body and sha256(SECRET).encode() not in body, request[:80]
+        yield status
+
+
+def ask_for_archive(program: Program, request: bytes) -> tuple[int, bytes]:
+    """Return the status and all bytes of a response, which is complete if it is not chunked."""
+    with program.connect() as connection:
+        connection.send(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        header, _, body = connection.file.read().partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1\.1 [1-5][0-9]{2} ", header), header
+    length = re.search(rb"\r\ncontent-length: ([0-9]+)", header, re.I)
+    assert length is None or len(body) == int(length[1])
+    assert length is not None or b"\r\ntransfer-encoding: chunked" in header.lower()
+    return int(header[9:12]), body
 
 
 LINKS = [  # a link (@: the directory of the case), and its target outside the data
@@ -239,7 +258,7 @@ def test_no_link_swapped_during_requests_leads_outside(served: Program, tmp_path
         target = tmp_path / "outside" / ("secret" if name[-1] in "xZ" or name == ".locks/@" else "folder")
 
         def work(client: int, directory: str = directory) -> None:
-            assert set(ask_all(served, requests(directory)[client:]))
+            assert set(ask_all(served, requests(directory)[client:], swapping=True))
 
         fill(served.data, directory, f"{directory}/d")
         run_while_swapping(lambda done: swap(place, target, aside, done), work)  # noqa: B023
