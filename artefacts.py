@@ -1768,6 +1768,7 @@ def is_identical(current: Content, upload: Upload, new: Artefact, compared: tupl
 # == HTTP semantics: pure functions of header text and validators =================================
 
 ENTITY_TAG = re.compile(r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+ENTITY_TAGS = re.compile(rf"[ \t,]*(?:{ENTITY_TAG.pattern}[ \t,]*)*")
 BYTE_RANGE = re.compile(r"bytes=[ \t]*(?=[0-9]|-[0-9])([0-9]*)-([0-9]*)[ \t]*", re.I)
 SHA256_MEMBER = re.compile(r"(?:^|,)[ \t]*sha-256[ \t]*=([^,;]*)", re.I)
 EXTENDED_VALUE = re.compile(r"(utf-8|iso-8859-1)'[\w-]*'(.*)", re.I)  # RFC 8187 §3.2.1
@@ -1808,12 +1809,12 @@ def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
         return True
     if field.strip(" \t") == "*":
         return etag is not None
-    if ENTITY_TAG.sub("", field).strip(" \t,"):
+    if not ENTITY_TAGS.fullmatch(field):
         return None
-    tags = ENTITY_TAG.findall(field)
-    if strong:
-        return any(f'"{tag}"' == etag and not weak for weak, tag in tags)
-    return any(f'"{tag.removesuffix("-gzip")}"' == etag for _, tag in tags)  # Apache appends it
+    tags, wanted = ENTITY_TAG.findall(field), (etag or "").strip('"')
+    if strong or etag is None:
+        return ("", wanted) in tags and etag is not None
+    return not {wanted, f"{wanted}-gzip"}.isdisjoint(tag for _, tag in tags)  # Apache appends -gzip
 
 
 def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | None,
