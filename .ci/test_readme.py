@@ -322,7 +322,7 @@ Listen 127.0.0.1:8080
 User www-data
 Group www-data
 ErrorLog /dev/stderr
-WSGISocketPrefix {folder}/
+WSGISocketPrefix /opt/artefacts/
 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
 LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
 LoadModule wsgi_module /usr/lib/apache2/modules/mod_wsgi.so
