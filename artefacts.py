@@ -3460,9 +3460,9 @@ def shell_pattern(pattern: str) -> Callable[[str], object]:
 def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | None:
     """Return 304 if the client's copy is current, None if the request is to be performed. Raise
     PreconditionFailed. current: None if there is no artefact."""
-    conditions = {name: req.env[name] for name in CONDITIONS if name in req.env}
-    if not conditions:
+    if req.env.keys().isdisjoint(CONDITIONS):
         return None
+    conditions = {name: req.env[name] for name in CONDITIONS if name in req.env}
     etag = modified = None
     if current is not None:
         artefact = digested(req, current)
@@ -3929,7 +3929,7 @@ class Connection(waitress.wasyncore.dispatcher):
         self.client = server.environ | {"REMOTE_ADDR": address[0]}
         self.received = b""  # and not used yet
         self.request: Request | None = None  # from its header's end until its response was sent
-        self.line, self.status, self.who, self.sent = b"", "499", "-", 0  # for the log; see `release`
+        self.start, self.status, self.who, self.sent = b"", "499", "-", 0  # for the log; see `release`
         self.body: object = None  # of the response
         self.dispatcher = server.task_dispatcher  # whose workers do the request
         self.task: Callable[[], Any] | None = None  # waits for a worker since `queued`, or is done by one
@@ -4055,15 +4055,16 @@ class Connection(waitress.wasyncore.dispatcher):
 
     def release(self) -> None:
         """Log the request. Close its upload, its response's body, and that of a response that is not sent."""
-        if self.line and not self.server.quiet:
+        if self.start and not self.server.quiet:
+            line = self.start.partition(b"\n")[0].removesuffix(b"\r")
             outcome = f"{self.status} {self.sent if self.sent > 0 else '-'}"
-            log_request(self.address, self.who, self.line, outcome)
+            log_request(self.address, self.who, line, outcome)
         close_body(self.body)
         close_body(self.request and self.request.upload)
         for result in self.result:
             close_body(result.body if isinstance(result, Response) else None)
         self.request = self.body = self.gathering = None
-        self.line, self.status, self.who, self.sent = b"", "499", "-", 0  # 499: the client has hung up
+        self.start, self.status, self.who, self.sent = b"", "499", "-", 0  # 499: the client has hung up
 
     def receive(self, size: int) -> Steps[memoryview]:
         """Return at most `size` bytes, which the next call overwrites. OSError if the client has ended."""
@@ -4094,7 +4095,7 @@ class Connection(waitress.wasyncore.dispatcher):
         self.deadline = math.inf
         size = end.end() if end else len(self.received)
         raw, self.received = self.received[:size], self.received[size:]
-        self.line = raw[:MAX_LINE].partition(b"\n")[0].removesuffix(b"\r")
+        self.start = raw[:MAX_LINE]
         if size > MAX_HEADER:
             detail = f"The header has more than {MAX_HEADER} bytes. Send less."
             raise falcon.HTTPRequestHeaderFieldsTooLarge(description=detail)
@@ -4271,15 +4272,16 @@ class Server(waitress.server.TcpWSGIServer):
 
         Waitress does it by the wall clock, and while it builds the set for poll: a descriptor that is closed
         then is in the set, and can be a new connection's before poll reports it."""
-        now, connections = time.monotonic(), self.active_channels.values()
         if len(self._map) >= self.adj.connection_limit:
+            connections = self.active_channels.values()
             oldest = next((connection for connection in connections if connection.request is None), None)
             if oldest is not None:
                 oldest.handle_close()
+        now = time.monotonic()
         if now < self.next_cleanup:
             return
         self.next_cleanup = now + min(CLEANUP, self.adj.cleanup_interval)
-        for connection in list(connections):
+        for connection in list(self.active_channels.values()):
             if connection.gathering is not None:
                 connection.set_low_water(1)  # else a slow client would seem silent
             is_silent = connection.last_activity < now - connection.silence
@@ -4347,21 +4349,17 @@ def run(server: Any, url: str, grace: float, reload: Callable[[], None]) -> None
 
     reload: called after SIGHUP."""
 
-    def stop(number: int, frame: object) -> None:
-        if stopping:
+    def on_signal(number: int, frame: object) -> None:
+        if number != signal.SIGHUP and stopping:
             raise SystemExit(1)  # the second signal does not wait
-        stopping.append(number)
-        pull_trigger()
-
-    def hang_up(number: int, frame: object) -> None:
-        hung_up.append(number)
+        (hung_up if number == signal.SIGHUP else stopping).append(number)
         pull_trigger()
 
     stopping: list[int] = []
     hung_up: list[int] = []
     pull_trigger = server.trigger.pull_trigger
-    for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, hang_up)):
-        signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, on_signal)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     say(url)
     while not stopping:
