@@ -3671,7 +3671,8 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
 # == Connections: HTTP/1.1 on sockets (RFC 9112) ==================================================
 #
 # Stock waitress runs the application, too. Here, its event loop and its worker threads make a file server: a
-# body goes straight into a staging file, and the commit is a rename; the kernel sends files.
+# body goes straight into a staging file, and the commit is a rename; the kernel sends files. These parts of
+# waitress are not documented, so requirements.txt names its exact version.
 #
 # - Only the event loop touches sockets. A worker calls the application, or takes one piece of a streamed
 #   response, and leaves the result. Nothing is locked, and no worker waits for a client.
@@ -3708,16 +3709,13 @@ GATHER = 1024 * 1024  # bytes to wait for in a socket while the hash is far behi
 STREAM_PIECE = 512 * 1024  # bytes of a streamed response: each piece is a hand-over between threads
 FILE_PIECE = 60 * 1024  # bytes of a file: whole pages that fit into one packet of the loopback (65,483 bytes)
 TURN = 8 * 1024 * 1024  # bytes of a file sent to one client before the others get their turn
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOPPING, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOG_TIME = "%d/%b/%Y:%H:%M:%S +0000"
 MSG_MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 READABLE, WRITABLE, RESULT = "readable", "writable", "result"  # what a conversation waits for
 Steps = Generator[str, None, T]  # yields what it waits for; returns T
-REQUIRED = (  # of waitress: undocumented, mostly unchanged since 2012. Else the stock server runs.
-    (waitress.wasyncore.dispatcher, "socket connected close _fileno _map"),
-    (waitress.server.TcpWSGIServer, "channel_class active_channels next_channel_cleanup"),
-    (waitress.server.TcpWSGIServer, "application adj task_dispatcher trigger pull_trigger"),
-    (waitress.task.ThreadedTaskDispatcher, "queue add_task set_thread_count shutdown"),
-)
 
 TOKEN, TEXT = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", rb"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]+) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
@@ -3919,8 +3917,6 @@ def pieces_of(body: Iterable[bytes], chunked: bool) -> Iterator[bytes]:
 
 class Connection(waitress.wasyncore.dispatcher):
     """The connection of one client. A worker calls `service`, the event loop everything else."""
-
-    requests = total_outbufs_len = 0  # `run` asks stock channels for them; here `request` says it all
 
     def __init__(self, server: Server, sock: socket.socket, address: Any, adj: Any,
                  map: dict[int, Any]) -> None:
@@ -4237,8 +4233,11 @@ class Server(waitress.server.TcpWSGIServer):
     active_channels: dict[int, Connection]
 
     def __init__(self, app: WSGIApplication, repository: Repository, options: argparse.Namespace,
-                 sockets: list[socket.socket], **settings: Any) -> None:
-        super().__init__(app, _sock=sockets[0], bind_socket=False, **settings)
+                 sockets: Sequence[socket.socket]) -> None:
+        super().__init__(
+            app, _sock=sockets[0], bind_socket=False, threads=options.threads, log_socket_errors=False,
+            connection_limit=connection_limit(), clear_untrusted_proxy_headers=False)
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs each request that waits
         self.repository, self.quiet, self.next_cleanup = repository, options.quiet, 0.0
         self.prefix: str = options.prefix.encode().decode("latin-1")
         self.proxies: list[Any] = options.trusted_proxy
@@ -4249,7 +4248,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.environ: WSGIEnvironment = {
             "SERVER_NAME": self.server_name, "SERVER_PORT": str(self.effective_port),
             "SCRIPT_NAME": self.prefix, "wsgi.version": (1, 0), "wsgi.url_scheme": "http",
-            "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": False,
+            "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": options.processes != 1,
             "wsgi.run_once": False, "wsgi.file_wrapper": FileWrapper, "wsgi.input_terminated": True,
             "waitress.client_disconnected": None,
         }  # fmt: skip
@@ -4299,30 +4298,6 @@ def client_address(address: str, hops: list[str], proxies: Sequence[Any]) -> str
     return address
 
 
-def make_server(app: WSGIApplication, repository: Repository, sockets: list[socket.socket],
-                options: argparse.Namespace) -> Any:
-    """Return a server: ours, or the stock one (on one socket) if waitress lacks something REQUIRED."""
-    settings: dict[str, Any] = {
-        "threads": options.threads, "asyncore_use_poll": True, "connection_limit": connection_limit(),
-        "clear_untrusted_proxy_headers": False, "log_socket_errors": False,
-    }
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs a line for each request that waits
-    required = ((owner, name) for owner, names in REQUIRED for name in names.split())
-    missing = [f"{owner.__name__}.{name}" for owner, name in required if lacks(owner, name)]
-    if missing:
-        log.warning("this waitress lacks %s: large uploads and small fetches are slower", ", ".join(missing))
-        return waitress.server.create_server(
-            app, sockets=sockets[:1], ident="artefacts", recv_bytes=RECEIVE, url_prefix=options.prefix,
-            max_request_body_size=1 << 62, max_request_header_size=MAX_HEADER, **settings)
-    return Server(app, repository, options, sockets, **settings)
-
-
-def lacks(owner: Any, name: str) -> bool:
-    """Return whether a module or class lacks an attribute. A class may also set it in its `__init__`."""
-    set_in_init = owner.__init__.__code__.co_names if isinstance(owner, type) else ()  # type: ignore[misc]
-    return not hasattr(owner, name) and name not in set_in_init
-
-
 def connection_limit() -> int:
     """Return how many connections, each with an open file, fit the limit on open files. Raise that first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4346,45 +4321,93 @@ def say(text: str) -> None:
         raise
 
 
-def run(server: Any, url: str, grace: float, reload: Callable[[], None]) -> None:
-    """Print the URL and serve until SIGTERM or Ctrl-C. Then give current requests `grace` seconds to finish.
+def run(server: Server, grace: float, reload: Callable[[], object], url: str = "") -> None:
+    """Serve until SIGTERM or Ctrl-C. Then give current requests `grace` seconds to finish.
 
-    reload: called after SIGHUP."""
+    reload: called after SIGHUP. url: printed as soon as the server serves; without it, this process is one of
+    several, and a second signal does not end it: service managers send one to each process."""
 
     def on_signal(number: int, frame: object) -> None:
-        if number != signal.SIGHUP and stopping:
+        if number != signal.SIGHUP and stopping and url:
             raise SystemExit(1)  # the second signal does not wait
         (hung_up if number == signal.SIGHUP else stopping).append(number)
-        pull_trigger()
+        server.pull_trigger()
 
     stopping: list[int] = []
     hung_up: list[int] = []
-    pull_trigger = server.trigger.pull_trigger
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, on_signal)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    say(url)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if url:
+        say(url)
     while not stopping:
         waitress.wasyncore.loop(timeout=CLEANUP, use_poll=True, map=server._map, count=1)
-        if isinstance(server, Server):
-            server.close_overdue()
+        server.close_overdue()
         if hung_up:
             hung_up.clear()
             reload()
-    for listener in getattr(server, "listeners", (server,)):
+    for listener in server.listeners:
         waitress.wasyncore.dispatcher.close(listener)  # no new connections
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and server.active_channels:
         for channel in list(server.active_channels.values()):
-            if not (channel.request or channel.requests or channel.total_outbufs_len):
+            if channel.request is None:
                 channel.handle_close()
         waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
-    for dispatcher in (server.task_dispatcher, getattr(server, "readers", None)):
-        if dispatcher is not None:
-            dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
+    for dispatcher in (server.task_dispatcher, server.readers):
+        dispatcher.shutdown(timeout=max(0.1, deadline - time.monotonic()))
     for channel in list(server.active_channels.values()):
         channel.handle_close()  # it discards a half-received upload
     waitress.wasyncore.close_all(server._map, ignore_all=True)
+
+
+def supervise(groups: Sequence[Sequence[socket.socket]], serve: Callable[[int], None],
+              reload: Callable[[], bool], grace: float, url: str) -> None:
+    """Print the URL, and run `serve` in a process for each group of sockets, until SIGTERM or SIGINT.
+
+    Start a process anew if it ends, at most once a second. This process keeps its sockets open, so that their
+    clients wait meanwhile. It has no threads, so it can fork at any time. After SIGHUP, each process reads
+    the rules, unless this one finds a mistake in them."""
+    signals = {*SIGNALS, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    say(url)
+    numbers: dict[int, int] = {}  # of the groups, by process
+    deadline = math.inf
+    while numbers or deadline == math.inf:
+        for number in range(len(groups)) if deadline == math.inf else ():
+            if number not in numbers.values():
+                numbers[fork(serve, number)] = number
+        caught = signal.sigtimedwait(signals, min(max(0, deadline - time.monotonic()), CLEANUP))
+        number = caught.si_signo if caught is not None else 0
+        is_late = time.monotonic() > deadline or (number in STOPPING and deadline < math.inf)
+        if number in STOPPING and not is_late:
+            deadline = time.monotonic() + grace + 1
+            for sock in itertools.chain(*groups):
+                sock.close()
+        if is_late or number in STOPPING or (number == signal.SIGHUP and reload()):
+            for process in numbers:
+                os.kill(process, signal.SIGKILL if is_late else number)
+        while numbers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            del numbers[ended[0]]
+            if deadline == math.inf:
+                log.error("process %d ended with status %d; another one starts", *ended)
+                time.sleep(1)
+
+
+def fork(serve: Callable[[int], None], number: int) -> int:
+    """Return a new process that calls `serve` with a number, and ends with its parent."""
+    if process := os.fork():
+        return process
+    try:
+        with contextlib.suppress(AttributeError):  # not on macOS
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        serve(number)
+        os._exit(0)
+    except BaseException as error:
+        log.error("the process broke off: %s", error, exc_info=error)
+    finally:
+        os._exit(1)
 
 
 # == The program ==================================================================================
@@ -4440,6 +4463,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="largest artefact accepted, such as 2GiB (default: any)")
     add("--threads", type=number_between(1, 1000), default=8, metavar="N",
         help="pushes worked on at once (default: %(default)s)")
+    add("--processes", type=number_between(0, 256), default=1, metavar="N",
+        help="processes that serve, 0 for one for each core (default: %(default)s)")
     add("--no-fsync", action="store_true", help="do not wait for the disk; a power cut may then lose pushes")
     add("--config", type=path, metavar="FILE", help="tokens, and rules for directories (TOML)")
     add("--open", action="store_true", help="without tokens, serve the network all the same")
@@ -4462,17 +4487,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def new_token(name: str) -> str:
+def new_token(name: str) -> tuple[str, str]:
     """Return a new token, and the lines that make it known to --config. ValueError if unprintable."""
     if not name or not name.isprintable():
         raise ValueError(f"{name!r} is not a name; use printable characters")
     token = secrets.token_urlsafe(32)
     digest = hashlib.sha256(token.encode()).hexdigest()
-    return (
-        f"{token}\n\n# The token above is stored nowhere. These lines are for the --config file:\n"
-        f"[[token]]\nname = {json.dumps(name, ensure_ascii=False)}\n"
-        f'sha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
-    )
+    quoted_name = json.dumps(name, ensure_ascii=False)
+    return token, f'[[token]]\nname = {quoted_name}\nsha256 = "{digest}"\nread = ["*"]\nwrite = ["*"]'
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -4505,14 +4527,29 @@ def resolve(host: str) -> list[tuple[int, Any]]:
     return [(family, address) for family, *_, address in itertools.chain(*found)]
 
 
-def listen(hosts: Sequence[str], port: int) -> list[socket.socket]:
+def listen_for_processes(options: argparse.Namespace) -> list[list[socket.socket]]:
+    """Return listening sockets for each process, all on one port. OSError, ValueError."""
+    sockets = listen(options.host, options.port)
+    count = options.processes or os.cpu_count() or 1
+    if count == 1:
+        return [sockets]
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("--processes needs SO_REUSEPORT, which this system lacks")
+    port = sockets[0].getsockname()[1]  # it is free: another server that reuses ports would not be noticed
+    for sock in sockets:
+        sock.close()
+    return [listen(options.host, port, reuse_port=True) for _ in range(count)]
+
+
+def listen(hosts: Sequence[str], port: int, reuse_port: bool = False) -> list[socket.socket]:
     """Return listening sockets for all addresses of the hosts, on one port. OSError, ValueError."""
     sockets: list[socket.socket] = []
     addresses = dict.fromkeys(itertools.chain(*map(resolve, hosts)))
     for family, (address, _, *more) in addresses:
         port = port or (sockets[0].getsockname()[1] if sockets else 0)
         try:
-            sockets.append(socket.create_server((address, port, *more), family=family, backlog=1024))
+            sockets.append(socket.create_server(
+                (address, port, *more), family=family, backlog=1024, reuse_port=reuse_port))
         except OSError as error:
             error.filename = f"{address}:{port}"
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or len(addresses) == 1:
@@ -4598,7 +4635,9 @@ def start(options: argparse.Namespace) -> int:
     if sys.getfilesystemencoding() != "utf-8":
         raise ValueError("names are not stored in UTF-8 under this locale: set LC_ALL=C.UTF-8")
     if options.new_token is not None:
-        say(new_token(options.new_token))
+        token, lines = new_token(options.new_token)
+        say(lines)
+        sys.stderr.write(f"{token}\n")
         return 0
     settings = settings_of(options)
     if options.verify:
@@ -4606,24 +4645,38 @@ def start(options: argparse.Namespace) -> int:
     repository = make_repository(options.data, settings, not options.no_fsync, sweep=not options.dry_run)
     if options.sweep:
         return sweep(repository, options.dry_run)
-    sockets = listen(options.host, options.port)
+    groups, app = listen_for_processes(options), application(repository, settings)
+    host, port = options.host[0], groups[0][0].getsockname()[1]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.prefix}/artefacts/"
     repository.check_directories()
-    server = make_server(application(repository, settings), repository, sockets, options)
-    threading.Thread(target=sweep_hourly, args=(repository,), daemon=True).start()
 
-    def reload() -> None:
+    def reload() -> bool:
+        """Read the rules again. Return False if they are as before."""
         try:
             if options.config is not None:
                 settings.config = settings_of(options).config
+            return options.config is not None
         except (OSError, ValueError) as error:
             log.error("the old rules stay: %s", error)
+            return False
+
+    def serve(number: int) -> None:
+        """Serve a group of sockets, in a process of its own if there are several."""
+        for sock in itertools.chain(*groups[:number], *groups[number + 1 :]):
+            sock.close()
+        if number == 0:
+            threading.Thread(target=sweep_hourly, args=(repository,), daemon=True).start()
+        server = Server(app, repository, options, groups[number])
+        run(server, options.grace, reload, url if len(groups) == 1 else "")
 
     with contextlib.suppress(AttributeError, OSError):  # glibc has an arena for each thread otherwise
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     gc.freeze()  # what exists now stays, so the collector need not look at it again
     gc.set_threshold(50_000, 20, 20)
-    host = f"[{options.host[0]}]" if ":" in options.host[0] else options.host[0]
-    run(server, f"http://{host}:{server.effective_port}{options.prefix}/artefacts/", options.grace, reload)
+    if len(groups) == 1:
+        serve(0)
+    else:
+        supervise(groups, serve, reload, options.grace, url)
     return 0
 
 

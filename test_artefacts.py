@@ -3966,7 +3966,7 @@ def test_new_token_works_when_its_lines_are_pasted(
     if status != 0:  # an invalid name is refused
         assert (status, shown.out, shown.err.count("\n")) == (2, "", 1) and not (name and name.isprintable())
         return
-    token, _, lines = shown.out.partition("\n")
+    token, lines = shown.err.removesuffix("\n"), shown.out
     assert len(token) >= 32 and token not in lines
     client = client_of(fill(tmp_path / "data", "app"), lines)
     assert simulate(client, "GET /artefacts/app/x").status_code == 401
@@ -5033,20 +5033,6 @@ def test_receiving_pauses_while_hashing_is_far_behind(tmp_path: Path, then: str)
         assert program.get("/artefacts/app/x").body == body
 
 
-def test_unsuitable_waitress_falls_back_to_its_stock_server(tmp_path: Path) -> None:
-    relied = "((artefacts.waitress.task.WSGITask, 'execute teleport'),)"
-    code = IMPORT + f"artefacts.REQUIRED += {relied}; artefacts.main()"
-    path, body = "/artefacts/app/x", os.urandom(3_000_000)
-    with Program(tmp_path / "data", "--quiet", code=("-c", code)) as program:
-        assert "waitress lacks WSGITask.teleport: " in program.log.read_text()
-        os.truncate(program.log, 0)  # the log must stay empty from here on
-        assert program.ask(put(path, body)).status == 201
-        assert program.get(path).body == body
-        assert program.get(path, "Range: bytes=5-9").body == body[5:10]
-        assert program.ask(head("PUT", path, CHUNKED) + pieces(b"333", 2)).status == 200
-        assert program.get(path).body == b"333"
-
-
 def patched(*statements: str) -> tuple[str, str]:
     """Return the code that runs the program with other constants."""
     return "-c", IMPORT + "; ".join((*statements, "artefacts.main()"))
@@ -5711,6 +5697,79 @@ def test_hangup_rereads_the_config(tmp_path: Path) -> None:
         program.process.send_signal(signal.SIGHUP)
         last_line(program, "the old rules stay")
         assert program.ask(put(path, b"3")).status == 409 and program.get(path).body == b"1"
+
+
+def children(program: Program) -> list[int]:
+    """Return the processes that a program has started and that live."""
+    pid = program.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_processes_serve_one_port_and_survive_each_other(tmp_path: Path) -> None:
+    path, logged = "/artefacts/app/x", "artefacts: process [0-9]+ ended with status 9; another one starts"
+    with Program(tmp_path / "data", "--processes=4", logged=logged) as program:
+        eventually(lambda: len(children(program)) == 4)
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(program.connect()) for _ in range(40)]
+            answers = [connection.ask(put(f"{path}{at}", b"x")) for at, connection in enumerate(connections)]
+            assert [answer.status for answer in answers] == [201] * 40
+            victim = children(program)[0]
+            os.kill(victim, signal.SIGKILL)
+            ended = 0
+            for at, connection in enumerate(connections):  # those of the dead process are closed, no other
+                try:
+                    assert connection.ask(head("GET", f"{path}{at}")).body == b"x"
+                except (AssertionError, OSError):
+                    assert connection.socket.recv(1) == b""
+                    ended += 1
+            assert 0 < ended < 40
+        assert [program.get(path + str(at)).status for at in range(40)] == [200] * 40
+        eventually(lambda: len(children(program)) == 4 and victim not in children(program))
+
+
+def test_processes_finish_requests_and_end_together(tmp_path: Path) -> None:
+    with Program(tmp_path / "data", "--processes=2") as program, start_upload(program) as upload:
+        eventually(lambda: len(children(program)) == 2)
+        both = children(program)
+        for pid in (program.process.pid, *both, *both):  # as service managers do it
+            os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not program.listens())
+        assert upload.send(bytes(100_000)).answer().status == 201
+        assert program.process.wait(10) == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+
+
+def test_processes_end_with_the_first_one(tmp_path: Path) -> None:
+    with Program(tmp_path / "data", "--processes=2") as program:
+        eventually(lambda: len(children(program)) == 2)
+        program.process.kill()
+        eventually(lambda: not program.listens())
+
+
+def test_processes_have_the_same_rules_after_a_hangup(tmp_path: Path) -> None:
+    config, path = tmp_path / "c.toml", "/artefacts/app/x"
+    config.write_text('[anonymous]\nread = ["*"]\nwrite = ["*"]')
+    logged = "artefacts: the old rules stay: .*nonsense.*"
+    with Program(tmp_path / "data", "--processes=2", "--config", str(config), logged=logged) as program:
+
+        def statuses() -> set[int]:
+            return {program.ask(put(path, os.urandom(9))).status for _ in range(20)}
+
+        assert program.ask(put(path, b"1")).status == 201 and statuses() == {200}
+        rules = config.read_text() + '\n[[directory]]\nname = "app"\nwrite_once = true'
+        config.write_text(rules)
+        program.process.send_signal(signal.SIGHUP)
+        eventually(lambda: statuses() == {409})
+        config.write_text("nonsense = 1")
+        program.process.send_signal(signal.SIGHUP)
+        last_line(program, "the old rules stay")
+        assert statuses() == {409}
+
+
+def test_port_in_use_is_noticed_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Program(tmp_path / "data", "--processes=2") as program:
+        options = f"--data={tmp_path / 'other'}", f"--port={program.port}", "--processes=2"
+        assert "Address already in use" in start_error(capsys, *options)
 
 
 def test_sweep_deletes_what_keep_days_says(tmp_path: Path) -> None:

@@ -215,9 +215,9 @@ def listed(client: Client, directory: str) -> dict[str, Stored] | None:
 
 @pytest.fixture(scope="module")
 def servers(keep: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """Run two servers on one data directory."""
-    data = tmp_path_factory.mktemp("data")
-    with serving(data, "--keep-versions", keep) as one, serving(data, "--keep-versions", keep) as other:
+    """Run two servers on one data directory, one of them with two processes."""
+    data, options = tmp_path_factory.mktemp("data"), ("--keep-versions", keep)
+    with serving(data, *options) as one, serving(data, *options, "--processes=2") as other:
         yield one, other
 
 

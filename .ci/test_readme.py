@@ -187,8 +187,9 @@ def test_reports(machine: Machine) -> None:
 
 def test_tokens_and_rules(machine: Machine) -> None:
     commands = block("--new-token ci").splitlines()
-    shown = machine.run(line("--new-token ci"))
-    token, digest = shown.split("\n", 1)[0], re.findall('^sha256 = "(.*)"', shown, re.MULTILINE)[0]
+    token = machine.run(line("--new-token ci")).removesuffix("\n")
+    lines = (machine.folder / "artefacts.toml").read_text()
+    digest = re.findall('^sha256 = "(.*)"', lines, re.MULTILINE)[0]
     rules = re.sub('"[0-9a-f]{64}"', f'"{digest}"', block("[anonymous]"))
     (machine.folder / "artefacts.toml").write_text(rules)
     with machine.serving(line("--host 0.0.0.0 --config")) as log:
