@@ -3701,7 +3701,8 @@ HANG_UP = 1  # seconds of waiting, after which a worker drops a request whose cl
 WAITING = 250  # requests that wait for a worker; more get 503
 CONNECTIONS = 4000  # at once, if the limit on open files admits them
 MAX_HEADER = 64 * 1024  # bytes
-MAX_LINE = 4096  # bytes of a chunk's size line, of a trailer section, of a request line in the log
+MAX_LINE = 4096  # bytes of a chunk's size line, of a trailer section
+MAX_LOGGED = 3500  # characters of a request line in the log
 CACHED_HEADER = 2048  # bytes: longer headers are parsed each time
 RECEIVE = 64 * 1024  # bytes received at once
 BUFFER = 4 * 1024 * 1024  # bytes received at once of a long body: few large writes cost the least
@@ -3711,7 +3712,6 @@ FILE_PIECE = 60 * 1024  # bytes of a file: whole pages that fit into one packet 
 TURN = 8 * 1024 * 1024  # bytes of a file sent to one client before the others get their turn
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 SIGNALS = (*STOPPING, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 LOG_TIME = "%d/%b/%Y:%H:%M:%S +0000"
 MSG_MORE = getattr(socket, "MSG_MORE", 0)  # what follows goes into the same packet; not on macOS
 READABLE, WRITABLE, RESULT = "readable", "writable", "result"  # what a conversation waits for
@@ -4054,7 +4054,7 @@ class Connection(waitress.wasyncore.dispatcher):
     def release(self) -> None:
         """Log the request. Close its upload, its response's body, and that of a response that is not sent."""
         if self.start and not self.server.quiet:
-            line = self.start.partition(b"\n")[0].removesuffix(b"\r")
+            line = self.start.partition(b"\n")[0].removesuffix(b"\r").decode("latin-1")
             outcome = f"{self.status} {self.sent if self.sent > 0 else '-'}"
             log_request(self.address, self.who, line, outcome)
         close_body(self.body)
@@ -4093,7 +4093,7 @@ class Connection(waitress.wasyncore.dispatcher):
         self.deadline = math.inf
         size = end.end() if end else len(self.received)
         raw, self.received = self.received[:size], self.received[size:]
-        self.start = raw[:MAX_LINE]
+        self.start = raw[:MAX_LOGGED]
         if size > MAX_HEADER:
             detail = f"The header has more than {MAX_HEADER} bytes. Send less."
             raise falcon.HTTPRequestHeaderFieldsTooLarge(description=detail)
@@ -4203,13 +4203,14 @@ class Connection(waitress.wasyncore.dispatcher):
                 yield WRITABLE
 
 
-def log_request(address: str, who: str, line: bytes, outcome: str) -> None:
-    """Write a line in common log format. Everything but printable ASCII is escaped."""
+def log_request(address: str, who: str, line: str, outcome: str) -> None:
+    """Write a line in common log format. Everything but printable ASCII is escaped. A long request line is
+    cut: several processes may write to one pipe, which takes up to 4,096 bytes as a whole."""
     when = time.strftime(LOG_TIME, time.gmtime())
-    who = escape_log(who).replace(" ", "\\x20")
+    who, line = escape_log(who).replace(" ", "\\x20"), escape_log(line)[:MAX_LOGGED]
     # a log that cannot be written costs no response
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f'{address} - {who} [{when}] "{escape_log(line.decode("latin-1"))}" {outcome}\n')
+        sys.stderr.write(f'{address} - {who} [{when}] "{line}" {outcome}\n')
 
 
 def escape_log(text: str) -> str:
@@ -4362,57 +4363,10 @@ def run(server: Server, grace: float, reload: Callable[[], object], url: str = "
     waitress.wasyncore.close_all(server._map, ignore_all=True)
 
 
-def supervise(groups: Sequence[Sequence[socket.socket]], serve: Callable[[int], None],
-              reload: Callable[[], bool], grace: float, url: str) -> None:
-    """Print the URL, and run `serve` in a process for each group of sockets, until SIGTERM or SIGINT.
-
-    Start a process anew if it ends, at most once a second. This process keeps its sockets open, so that their
-    clients wait meanwhile. It has no threads, so it can fork at any time. After SIGHUP, each process reads
-    the rules, unless this one finds a mistake in them."""
-    signals = {*SIGNALS, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    say(url)
-    numbers: dict[int, int] = {}  # of the groups, by process
-    deadline = math.inf
-    while numbers or deadline == math.inf:
-        for number in range(len(groups)) if deadline == math.inf else ():
-            if number not in numbers.values():
-                numbers[fork(serve, number)] = number
-        caught = signal.sigtimedwait(signals, min(max(0, deadline - time.monotonic()), CLEANUP))
-        number = caught.si_signo if caught is not None else 0
-        is_late = time.monotonic() > deadline or (number in STOPPING and deadline < math.inf)
-        if number in STOPPING and not is_late:
-            deadline = time.monotonic() + grace + 1
-            for sock in itertools.chain(*groups):
-                sock.close()
-        if is_late or number in STOPPING or (number == signal.SIGHUP and reload()):
-            for process in numbers:
-                os.kill(process, signal.SIGKILL if is_late else number)
-        while numbers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            del numbers[ended[0]]
-            if deadline == math.inf:
-                log.error("process %d ended with status %d; another one starts", *ended)
-                time.sleep(1)
-
-
-def fork(serve: Callable[[int], None], number: int) -> int:
-    """Return a new process that calls `serve` with a number, and ends with its parent."""
-    if process := os.fork():
-        return process
-    try:
-        with contextlib.suppress(AttributeError):  # not on macOS
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        serve(number)
-        os._exit(0)
-    except BaseException as error:
-        log.error("the process broke off: %s", error, exc_info=error)
-    finally:
-        os._exit(1)
-
-
 # == The program ==================================================================================
 
 SWEEP_EVERY = 3600  # seconds
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 M_ARENA_MAX = -8  # of mallopt; after 66,000 mixed requests 83 MB instead of 108 MB are resident
 
 
@@ -4556,6 +4510,54 @@ def listen(hosts: Sequence[str], port: int, reuse_port: bool = False) -> list[so
                 raise
             log.warning("%s: %s", error.filename, error.strerror)  # the machine may have no IPv6
     return sockets
+
+
+def supervise(groups: Sequence[Sequence[socket.socket]], serve: Callable[[int], None],
+              reload: Callable[[], bool], grace: float, url: str) -> None:
+    """Print the URL, and run `serve` in a process for each group of sockets, until SIGTERM or SIGINT.
+
+    Start a process anew if it ends, at most once a second. This process keeps its sockets open, so that their
+    clients wait meanwhile. It has no threads, so it can fork at any time. After SIGHUP, each process reads
+    the rules, unless this one finds a mistake in them."""
+    signals = {*SIGNALS, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    say(url)
+    numbers: dict[int, int] = {}  # of the groups, by process
+    deadline = math.inf
+    while numbers or deadline == math.inf:
+        for number in range(len(groups)) if deadline == math.inf else ():
+            if number not in numbers.values():
+                numbers[fork(serve, number)] = number
+        caught = signal.sigtimedwait(signals, min(max(0, deadline - time.monotonic()), CLEANUP))
+        number = caught.si_signo if caught is not None else 0
+        is_late = time.monotonic() > deadline or (number in STOPPING and deadline < math.inf)
+        if number in STOPPING and not is_late:
+            deadline = time.monotonic() + grace + 1
+            for sock in itertools.chain(*groups):
+                sock.close()
+        if is_late or number in STOPPING or (number == signal.SIGHUP and reload()):
+            for process in numbers:
+                os.kill(process, signal.SIGKILL if is_late else number)
+        while numbers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            del numbers[ended[0]]
+            if deadline == math.inf:
+                log.error("process %d ended with status %d; another one starts", *ended)
+                time.sleep(1)
+
+
+def fork(serve: Callable[[int], None], number: int) -> int:
+    """Return a new process that calls `serve` with a number, and ends with its parent."""
+    if process := os.fork():
+        return process
+    try:
+        with contextlib.suppress(AttributeError):  # not on macOS
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        serve(number)
+        os._exit(0)
+    except BaseException as error:
+        log.error("the process broke off: %s", error, exc_info=error)
+    finally:
+        os._exit(1)
 
 
 def verify(repository: Reader) -> int:

@@ -5766,6 +5766,30 @@ def test_processes_have_the_same_rules_after_a_hangup(tmp_path: Path) -> None:
         assert statuses() == {409}
 
 
+def test_log_lines_of_processes_stay_whole(tmp_path: Path) -> None:
+    """Log long lines from four processes into one pipe, whose other end is read slowly."""
+    command = [sys.executable, str(PROGRAM), f"--data={tmp_path / 'data'}", "--port=0", "--processes=4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        port = urlsplit(process.stdout.readline().decode()).port or 0
+
+        def ask(number: int) -> None:
+            with Connection(port) as connection:
+                for _ in range(20):
+                    assert connection.ask(head("GET", "/artefacts/" + "x" * 100 * number)).status == 404
+
+        with ThreadPoolExecutor(40) as clients:
+            done = [clients.submit(ask, number) for number in range(1, 41)]
+            lines = [process.stderr.readline().decode() for _ in range(800)]
+            assert not any(future.exception(20) for future in done)
+        process.terminate()
+        assert process.wait(10) == 0
+    line = re.compile(r'127\.0\.0\.1 - - \[[^]]+\] "GET /artefacts/(x+)( HTTP/1.1)?" 404 [0-9]+\n')
+    lengths = [len(match[1]) for match in map(line.fullmatch, lines) if match]
+    wanted = [min(100 * number, 3500 - 15) for number in range(1, 41)]
+    assert sorted(lengths) == sorted(wanted * 20)
+
+
 def test_port_in_use_is_noticed_with_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Program(tmp_path / "data", "--processes=2") as program:
         options = f"--data={tmp_path / 'other'}", f"--port={program.port}", "--processes=2"
