@@ -2300,23 +2300,23 @@ table, thead, tbody, tfoot { display: block; } table { margin-top: 1rem; }
 thead { position: sticky; top: 0; z-index: 1; background: var(--paper); }
 tr { display: grid; grid-template-columns: 1fr 5.5rem 7rem 9.5rem 16rem; border-bottom: var(--edge); }
 .directories tr { grid-template-columns: 1fr 9.5rem 16rem; }
-tbody { content-visibility: auto; contain-intrinsic-height: calc(var(--rows, 100) * 2.165rem); }
-tbody tr:hover { background: #8881; } tbody:empty::after { content: "Nothing here yet."; }
+tbody { content-visibility: auto; contain-intrinsic-height: 216.5rem; }  /* of 100 rows */
+tbody tr:hover { background: #8881; } thead + tbody:empty::after { content: "Nothing here."; }
+tbody + tbody:empty { display: none; }
 td, th { padding: .3rem .4rem; text-align: left; min-width: 0; } td form { display: contents; }
 td:last-child { display: flex; flex-wrap: wrap; align-items: start; } td span { padding-right: .8rem; }
 .files :is(td, th):nth-child(2) { text-align: right; button { padding: 0; } } time { white-space: nowrap; }
 :is(td, th) button { border: 0; padding: 0 .8rem 0 0; min-height: 1.5rem; background: none; font: inherit; }
 [aria-sort=ascending] button::after { content: " ▲"; }
-[aria-sort=descending] button::after { content: " ▼"; } .deleted a { text-decoration: line-through; }
-.deleted [name=delete], .fixed ~ [name=delete] { display: none; }
-time, output, span, td button:not(:hover), .deleted a, ::placeholder { color: var(--soft); }
+[aria-sort=descending] button::after { content: " ▼"; } .fixed ~ [name=delete] { display: none; }
+time, output, span, td button:not(:hover), ::placeholder { color: var(--soft); }
 .failed span { color: var(--red); }
 footer { position: sticky; bottom: 0; background: var(--paper); max-height: 6rem; overflow: auto;
   &:not(:has(:empty)) { border-top: var(--edge); padding: .4rem 0; } }
 dialog { max-width: min(32rem, 80vw); background: var(--paper); border: var(--edge); border-radius: .6rem; }
 @media (max-width: 48rem) { td, th { padding: .1rem .4rem; } thead :is(td, th:nth-child(4)) { display: none; }
   tr { display: flex !important; flex-wrap: wrap; padding: .2rem 0; } td:first-child { flex: 1 1 100%; }
-  tbody { contain-intrinsic-height: calc(var(--rows, 100) * 5.565rem); } }
+  tbody { contain-intrinsic-height: 556.5rem; } }
 @media (min-width: 48.01rem) { #fold[open] summary { display: none; } }  /* the script folds it on phones */
 @media (scripting: none) { .script { display: none; }
   .files tr { grid-template-columns: 1fr 5.5rem 9.5rem 8.5rem 11rem; } }
@@ -2370,7 +2370,7 @@ addEventListener("unhandledrejection", (event) => { event.preventDefault(); say(
 // The rows. A complete listing is filtered and sorted here, a cut one (a part of many rows) by the server.
 const view = {filter: "", sort: "", descending: false, ...history.state};  // Back restores it
 const cut = Boolean(find("[rel=next]")) || /[?&](after|limit)=/.test(location.search);
-let rows = [], turn = 0, typing = 0, erased = [];
+let rows = [], shown = [], turn = 0, typing = 0, erased = [];
 
 function readRows() {
   rows = [...table.querySelectorAll("tbody tr")].map((row) => {
@@ -2384,42 +2384,29 @@ function readRows() {
   });
   arrange();
 }
-function arrange() {
+function arrange() {  // shows the rows that the filter leaves, in the chosen order
+  const words = cut ? [] : view.filter.toLowerCase().split(/\s+/), direction = view.descending ? -1 : 1;
+  shown = rows.filter(({name, sha256}) => words.every((word) => name.toLowerCase().includes(word)
+    || word.length >= 12 && sha256?.startsWith(word)));  // the table shows 12 characters of a digest
+  if (view.sort && !cut)
+    shown.sort((a, b) => direction * natural.compare(a[view.sort], b[view.sort]));
+  [...table.tBodies].forEach((body, at) =>
+    body.replaceChildren(...shown.slice(100 * at, 100 * at + 100).map(({row}) => row)));
   for (const button of document.querySelectorAll("[name=sort]")) {
-    const direction = view.descending ? "descending" : "ascending";
-    button.parentElement.ariaSort = button.value === view.sort ? direction : "none";
+    const order = view.descending ? "descending" : "ascending";
+    button.parentElement.ariaSort = button.value === view.sort ? order : "none";
     button.disabled = cut && button.value === "size";
   }
-  if (view.sort && !cut) {
-    const sorted = rows.toSorted((a, b) => natural.compare(a[view.sort], b[view.sort]));
-    const bodies = [...table.tBodies];
-    if (view.descending) sorted.reverse();
-    sorted.forEach(({row}, at) => bodies[Math.floor(at / 100)].append(row));
-  }
-  filterRows();
-}
-function filterRows() {
-  const words = cut ? [] : view.filter.toLowerCase().split(/\s+/);
-  for (const {row, name, sha256} of rows)
-    row.hidden = !words.every((word) => name.toLowerCase().includes(word)
-      || word.length >= 12 && sha256?.startsWith(word));  // the table shows 12 characters of a digest
-  for (const body of table.tBodies) {  // of 100 rows; its height is estimated until it is in sight
-    const shown = [...body.rows].filter(({hidden}) => !hidden).length;
-    body.hidden = !shown && body.rows.length > 0;
-    body.style.setProperty("--rows", shown);
-  }
-  const shown = shownRows().length, more = find("[rel=next]") ? " and more" : "";
+  const {length} = shown, more = find("[rel=next]") ? " and more" : "";
   const part = view.filter ? `${more} found by the server` : " of more; the server filters and sorts";
-  const all = rows.filter(({row}) => row.className !== "deleted").length;
-  find("output").value = shown + (cut ? part : ` of ${all}`);
+  find("output").value = length + (cut ? part : ` of ${rows.length}`);
   const several = find("[name=deleteShown]");
-  if (several) [several.hidden, several.textContent] = [!view.filter || !shown, `Delete the ${shown} shown`];
+  if (several) [several.hidden, several.textContent] = [!view.filter || !length, `Delete the ${length} shown`];
 }
-const shownRows = () => rows.filter(({row}) => !row.hidden && row.className !== "deleted");
-function changeView(change, show) {
+function changeView(change) {
   history.replaceState(Object.assign(view, change), "");
   clearTimeout(typing);
-  if (cut) typing = setTimeout(refresh, 200); else show();
+  if (cut) typing = setTimeout(refresh, 200); else arrange();
 }
 const pattern = (text) => `*${text.trim().replace(/[*?[]|\p{L}|\s+/gu, (sign) =>
   sign.trim() ? `[${sign.toLowerCase()}${sign.toUpperCase()}]` : "*")}*`;  // a shell pattern without case
@@ -2439,7 +2426,7 @@ async function refresh() {
   table.replaceChildren(table.tHead, ...fresh.tBodies, fresh.tFoot);
   readRows();
   const same = rows.find((row) => row.name === name)?.row;
-  if (same) find(focused.name ? `[name=${focused.name}]` : "a", same)?.focus();
+  (same ? find(focused.name ? `[name=${focused.name}]` : "a", same) : focused)?.focus();
 }
 let lastQuestion = Promise.resolve();  // each question waits for the answer to the last one
 const ask = (question, yes, dialog = find("dialog")) => lastQuestion = lastQuestion.then(() =>
@@ -2455,8 +2442,7 @@ function copy(text, what) {  // navigator.clipboard exists on https and localhos
 }
 async function erase(chosen, question) {
   if (!await ask(question, "Delete")) return;
-  const next = chosen.at(-1).row.nextElementSibling ?? chosen[0].row.previousElementSibling;
-  const kept = Boolean(find("[name=deleted]")), failures = [];
+  const kept = Boolean(find("[name=deleted]")), failures = [], at = shown.indexOf(chosen[0]);
   erased = [];
   for (const artefact of chosen) {
     const condition = artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {};
@@ -2464,13 +2450,13 @@ async function erase(chosen, question) {
       .then(() => erased.push(artefact), (why) => failures.push(why));
     if (chosen.length > 1) say(`${erased.length} of ${chosen.length} deleted …`);
   }
-  for (const {row} of erased) if (kept) row.className = "deleted"; else row.remove();
-  rows = rows.filter(({row}) => row.isConnected);
-  filterRows();
+  rows = rows.filter((artefact) => !erased.includes(artefact));
+  arrange();
   const note = kept ? ` ${erased.length === 1 ? "Its" : "Their"} versions are kept.` : "";
   if (erased.length) failures.unshift(`${areNow(erased)} deleted.${note}`);
   say(list(failures), kept && erased.length);
-  (undo.hidden ? next && find("a", next) : undo)?.focus();
+  const next = shown[at] ?? shown.at(-1);
+  (undo.hidden ? next && find("a", next.row) : undo)?.focus();
 }
 const actions = {  // by the names of the buttons
   link: ({url}) => copy(url, "Link"),
@@ -2479,7 +2465,7 @@ const actions = {  // by the names of the buttons
   sort(_, {value}) {
     const descending = view.sort === value ? !view.descending : value !== "name";
     const known = !cut || value === "time" && descending;  // the server's only order by request
-    changeView(known ? {sort: value, descending} : {sort: "", descending: false}, arrange);
+    changeView(known ? {sort: value, descending} : {sort: "", descending: false});
   },
   async restore({name}, {form: {action}}) {
     if (!await ask(`Restore ${isolate(name)}?`, "Restore")) return;
@@ -2498,7 +2484,7 @@ const actions = {  // by the names of the buttons
     const what = size >= 0 ? `, ${text}, stored ${age(time)}` : " and everything in it";
     return erase([artefact], `Delete ${isolate(name)}${what}?`);
   },
-  deleteShown(_, {textContent}, shown = shownRows()) {
+  deleteShown(_, {textContent}) {
     return erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`);
   },
   cancel: (upload) => mark(upload, "failed", "cancelled"),
@@ -2660,7 +2646,7 @@ if (form) {
   addEventListener("beforeunload", (event) => { if (uploads.some(isOpen)) event.preventDefault(); });
 }
 search.value = view.filter;
-search.oninput = () => changeView({filter: search.value}, filterRows);
+search.oninput = () => changeView({filter: search.value});
 readRows();
 const [{type}] = performance.getEntriesByType("navigation");  // Back may show old rows
 addEventListener("pageshow", ({persisted}) => { if (persisted || type !== "navigate") refresh(); });
