@@ -651,6 +651,8 @@ def test_credentials_in_the_url_are_neither_in_the_way_nor_copied(started: Brows
         assert started.pasted() == f"curl -fOJ '{program.url}private/a'"
         started.confirm("Delete", "a")
         started.until(lambda: "Its versions are kept." in started.status())
+        started.press("Show deleted")
+        started.until(lambda: started.names() == ["a"])
         started.press("Versions", started.row("a"))
         started.until(lambda: "Restore" in started.texts("td button"))
         started.confirm("Restore", *started.names())
@@ -778,6 +780,8 @@ def test_what_was_deleted_can_be_restored(browser: Browser, program: Program, di
     browser.question()
     browser.answer("Delete")
     browser.until(lambda: "Its versions are kept." in browser.status())
+    browser.press("Show deleted")
+    browser.until(lambda: browser.names() == ["a"])
     browser.press("Versions", browser.row("a"))
     browser.until(lambda: "Restore" in browser.texts("td button"))
     browser.press("Restore")
