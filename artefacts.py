@@ -2279,7 +2279,7 @@ PAGE_HEAD = r"""<!doctype html>
   font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); accent-color: var(--blue);
   scroll-padding: 4rem 0 7rem; }  /* the sticky head and status bar do not cover the focused element */
 body { max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 auto 0 0; } header, details { margin-bottom: 1rem; }
+h1 { font-size: 1.4rem; margin: 0 auto 0 0; } header, details, #uploads { margin-bottom: 1rem; }
 a { color: var(--blue); text-decoration: none; &:is(:hover, h1 *, p *) { text-decoration: underline; } }
 .skip:not(:focus) { position: absolute; left: -99rem; } [hidden] { display: none !important; }
 .bar, li { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
@@ -2289,15 +2289,15 @@ button { cursor: pointer; &:disabled { cursor: auto; } &:hover:enabled { backgro
 label, input { max-width: 100%; } input[type=file] { width: 14rem; } ::placeholder { opacity: 1; }
 :focus-visible, .dragover { outline: 2px solid var(--blue); outline-offset: -1px; }
 #upload { border: 2px dashed #8886; border-radius: .6rem; padding: .7rem 1rem; }
-ul { padding: 0; margin: 0 0 1rem; } li { content-visibility: auto; contain-intrinsic-height: auto 2rem; }
+ul { padding: 0; margin: 0; content-visibility: auto; contain-intrinsic-height: auto 200rem; }
 :is(li, #total) { padding: 2px; :is(bdi, span) { flex: 1 1 12rem; } }
 :is(.stored, .failed) progress, :not(.failed) > [name=retry], :not(.open) > [name=cancel],
-  .fixed ~ [name=delete], :is(ul, tbody + tbody):empty { display: none; }
+  .fixed ~ [name=delete], :is(#uploads, tbody + tbody):empty { display: none; }
 table, thead, tbody, tfoot { display: block; } table { margin-top: 1rem; }
 thead { position: sticky; top: 0; z-index: 1; background: var(--paper); }
 tbody { content-visibility: auto; contain-intrinsic-height: 216.5rem; }  /* of 100 rows */
 thead + tbody:empty::after { content: "Nothing here."; }
-tr { display: grid; grid-template-columns: 1fr 5.5rem 9rem 9.5rem 16rem; border-bottom: var(--edge); }
+tr { display: grid; grid-template-columns: 1fr 5.5rem 7rem 9.5rem 16rem; border-bottom: var(--edge); }
 .directories tr { grid-template-columns: 1fr 9.5rem 16rem; } tbody tr:hover { background: #8881; }
 td, th { padding: .3rem .4rem; text-align: left; min-width: 0; } td form { display: contents; }
 td:last-child { display: flex; flex-wrap: wrap; align-items: start; } td span { padding-right: .8rem; }
@@ -2313,7 +2313,8 @@ dialog { max-width: min(32rem, 80vw); background: var(--paper); border: var(--ed
   tr { display: flex !important; flex-wrap: wrap; padding: .2rem 0; } td:first-child { flex: 1 1 100%; }
   tbody { contain-intrinsic-height: 556.5rem; } }
 @media (min-width: 48.01rem) { #fold[open] summary { display: none; } }  /* the script folds it on phones */
-@media (scripting: none) { .script { display: none; } }
+@media (scripting: none) { .script { display: none; }
+  .files tr { grid-template-columns: 1fr 5.5rem 9.5rem 8.5rem 11rem; } }
 @media print { form, details, td:last-child, output, footer, ul, #search, #total { display: none !important; }
   tbody { content-visibility: visible; } tr { break-inside: avoid; } thead { position: static; } }
 </style>
@@ -2434,8 +2435,7 @@ async function erase(chosen, question) {
   const kept = Boolean(find("[name=deleted]")), failures = [], at = shown.indexOf(chosen[0]);
   erased = [];
   for (const artefact of chosen) {
-    const condition = artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {};
-    await request("DELETE", artefact.url, condition)
+    await request("DELETE", artefact.url, artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {})
       .then(() => erased.push(artefact), (why) => failures.push(why));
     if (chosen.length > 1) say(`${erased.length} of ${chosen.length} deleted …`);
   }
@@ -2451,10 +2451,8 @@ const actions = {  // by the names of the buttons
   link: ({url}) => copy(url, "Link"),
   curl: ({url}) => copy(`curl -fOJ '${url}'`, "curl command"),
   sha256: ({sha256}) => copy(sha256, "SHA-256"),
-  sort(_, {value}) {
-    const turned = view.sort === value && !cut;  // the server sorts by name, or the newest first
-    changeView({sort: value, descending: turned ? !view.descending : value !== "name"});
-  },
+  sort: (_, {value}) => changeView({  // the server sorts by name, or the newest first
+    sort: value, descending: value === view.sort && !cut ? !view.descending : value !== "name"}),
   async restore({name}, {form: {action}}) {
     if (!await ask(`Restore ${isolate(name)}?`, "Restore")) return;
     await request("POST", action);
@@ -2472,9 +2470,8 @@ const actions = {  // by the names of the buttons
     const what = size >= 0 ? `, ${text}, stored ${age(time)}` : " and everything in it";
     return erase([artefact], `Delete ${isolate(name)}${what}?`);
   },
-  deleteShown(_, {textContent}) {
-    return erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`);
-  },
+  deleteShown: (_, {textContent}) =>
+    erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`),
   cancel: (upload) => mark(upload, "failed", "cancelled"),
   cancelAll: () => inState("open").forEach(actions.cancel),
   retry: (upload) => pushAll([upload]),
@@ -2523,12 +2520,13 @@ function mark(upload, state, text) {
   [upload.sent, upload.etag] = state === "open" ? [0, upload.etag] : [upload.size, null];
   if (state === "failed") upload.request?.abort();
 }
-function addUpload(file, path) {
+function addUpload(file, path, at) {
   const row = find("#line").content.firstElementChild.cloneNode(true), [label, bar, note] = row.children;
   const name = path.join("/"), url = plainUrl(form.action) + path.map(encodeURIComponent).join("/");
   label.textContent = bar.ariaLabel = name;
   nameButtons(row, name);
-  find("#uploads").append(row);
+  if (at % 100 === 0) find("#uploads").append(document.createElement("ul"));  // for fast layout of 5,000
+  find("#uploads").lastElementChild.append(row);
   return {file, row, bar, note, name, url, size: file.size};
 }
 async function look(upload) {  // at what the upload would replace; returns whether there is something
@@ -2600,13 +2598,12 @@ if (form) {
     const chosen = [...dropped, ...[...files.files, ...tree.files].map(fromInput)];
     const wanted = chosen.filter(({path}) => !path[1] || !path.some((name) => name.startsWith(".")));
     const folder = into.value.split("/").filter(Boolean);
-    dropped = [];
-    files.value = tree.value = "";
+    [dropped, files.value, tree.value] = [[], "", ""];
     if (!chosen.length) return say("Choose files or a folder first.");
     if (!uploads.some(isOpen))  // keep those that can be tried again
       [uploads, skipped, totalMeter] = [inState("failed"), 0, progressMeter()];
     skipped += chosen.length - wanted.length;
-    const added = wanted.map(({file, path}) => addUpload(file, [...folder, ...path]));
+    const added = wanted.map(({file, path}, at) => addUpload(file, [...folder, ...path], at));
     uploads.push(...added);
     pushAll(added);
   };
@@ -2636,16 +2633,15 @@ PAGE_POLICY = (  # allows only our style and script, by their hashes
     base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     for text in re.findall(r"(?s)<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE_HEAD + PAGE_END)
 ))
-UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary>
-<form id="upload" class="bar" method="post" enctype="multipart/form-data" action="%s">
-<label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
+UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary><form id="upload" class="bar" method="post"
+ enctype="multipart/form-data" action="%s"><label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
  title="Type a name, or names with / between them. A name cannot begin with a dot."></label>
 <label>Files <input id="files" type="file" name="file" multiple></label>
 <label class="script">or a folder <input id="tree" type="file" webkitdirectory></label><button>Upload</button>
 <span class="script">or drop them on this page.</span></form></details>
 <div id="total" class="bar" hidden><bdi>All files</bdi><progress value="0" aria-label="All files"></progress>
 <span></span><button name="cancelAll">Cancel all</button><button name="retryAll">Retry all</button></div>
-<ul id="uploads"></ul>"""
+<div id="uploads"></div>"""
 FILTER = """<div class="bar"><input id="search" class="script" type="search" autocomplete="off"
  aria-label="%s" placeholder="%s"><output class="script" for="search"></output>%s</div>"""
 DOWNLOADS = """<form class="bar" action="%s"><span>Download all:</span>
