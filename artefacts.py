@@ -2305,7 +2305,7 @@ td:last-child { display: flex; flex-wrap: wrap; align-items: start; } td span { 
 :is(td, th) button { border: 0; padding: 0 .8rem 0 0; min-height: 1.5rem; background: none; font: inherit; }
 [aria-sort=ascending] button::after { content: " ▲"; } [aria-sort=descending] button::after { content: " ▼"; }
 time, output, span, td button:not(:hover), ::placeholder { color: var(--soft); }
-footer { position: sticky; bottom: 0; background: var(--paper); max-height: 6rem; overflow: auto;
+footer { position: sticky; bottom: 0; z-index: 1; background: var(--paper); max-height: 6rem; overflow: auto;
   &:not(:has(:empty)) { border-top: var(--edge); padding: .4rem 0; } }
 dialog { max-width: min(32rem, 80vw); background: var(--paper); border: var(--edge); border-radius: .6rem; }
 #question { flex: 1 0 100%; } #status, #search { flex: 1; margin: 0; } .failed span { color: var(--red); }
