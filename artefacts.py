@@ -2265,10 +2265,9 @@ def is_loopback(host: str) -> bool:
 
 # == The page =====================================================================================
 #
-# Pages are generated in pieces, so that a listing of any length can be streamed. Every page works without
-# its script. The script renders no rows: after a change it fetches the page again and takes the rows from
-# it. For programs (pip, wget, rclone), the only links in a listing are the artefacts, the next part of the
-# listing, and the parent. Everything else is a button.
+# Pages are streamed, and work without their script. The script renders no rows: after a change it fetches
+# the page again and takes its rows. For programs (pip, wget, rclone), the only links in a listing are the
+# artefacts, the next part of the listing, and the parent. Everything else is a button.
 
 PAGE_ROWS = 1000  # of a browser's navigation, unless it states a limit
 PAGE_HEAD = r"""<!doctype html>
@@ -2280,43 +2279,39 @@ PAGE_HEAD = r"""<!doctype html>
   font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); accent-color: var(--blue);
   scroll-padding: 4rem 0 7rem; }  /* the sticky head and status bar do not cover the focused element */
 body { max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0 auto 0 0; } header { margin-bottom: 1rem; }
+h1 { font-size: 1.4rem; margin: 0 auto 0 0; } header, details, #uploads { margin-bottom: 1rem; }
 a { color: var(--blue); text-decoration: none; &:is(:hover, h1 *, p *) { text-decoration: underline; } }
+.skip:not(:focus) { position: absolute; left: -99rem; } [hidden] { display: none !important; }
 .bar, li { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center; }
-#question { flex: 1 0 100%; } #status, #search { flex: 1; margin: 0; }
-[hidden] { display: none !important; } ::placeholder { opacity: 1; }
-label, input { max-width: 100%; } input[type=file] { width: 14rem; }
-ul { padding: 0; margin: 0; content-visibility: auto; contain-intrinsic-height: auto 200rem; }
-#uploads:not(:empty) { margin-bottom: 1rem; }
-:is(li, #total) { padding: 2px; :is(bdi, span) { flex: 1 1 12rem; } }
-:is(.stored, .failed) progress, :not(.failed) > [name=retry], :not(.open) > [name=cancel] { display: none; }
 button, input { font: inherit; color: inherit; background: var(--paper); border: var(--edge);
   border-radius: .4rem; padding: .2rem .7rem; box-sizing: border-box; }
 button { cursor: pointer; &:disabled { cursor: auto; } &:hover:enabled { background: #8882; } }
+label, input { max-width: 100%; } input[type=file] { width: 14rem; } ::placeholder { opacity: 1; }
 :focus-visible, .dragover { outline: 2px solid var(--blue); outline-offset: -1px; }
 #upload { border: 2px dashed #8886; border-radius: .6rem; padding: .7rem 1rem; }
-.skip:not(:focus) { position: absolute; left: -99rem; } details { margin-bottom: .7rem; }
+ul { padding: 0; margin: 0; content-visibility: auto; contain-intrinsic-height: auto 200rem; }
+:is(li, #total) { padding: 2px; :is(bdi, span) { flex: 1 1 12rem; } }
+:is(.stored, .failed) progress, :not(.failed) > [name=retry], :not(.open) > [name=cancel],
+  .fixed ~ [name=delete], :is(#uploads, tbody + tbody):empty { display: none; }
 table, thead, tbody, tfoot { display: block; } table { margin-top: 1rem; }
 thead { position: sticky; top: 0; z-index: 1; background: var(--paper); }
+tbody { content-visibility: auto; contain-intrinsic-height: 216.5rem; }  /* of 100 rows */
+thead + tbody:empty::after { content: "Nothing here."; }
 tr { display: grid; grid-template-columns: 1fr 5.5rem 7rem 9.5rem 16rem; border-bottom: var(--edge); }
-.directories tr { grid-template-columns: 1fr 9.5rem 16rem; }
-tbody { content-visibility: auto; contain-intrinsic-height: calc(var(--rows, 100) * 2.165rem); }
-tbody tr:hover { background: #8881; } tbody:empty::after { content: "Nothing here yet."; }
+.directories tr { grid-template-columns: 1fr 9.5rem 16rem; } tbody tr:hover { background: #8881; }
 td, th { padding: .3rem .4rem; text-align: left; min-width: 0; } td form { display: contents; }
 td:last-child { display: flex; flex-wrap: wrap; align-items: start; } td span { padding-right: .8rem; }
 .files :is(td, th):nth-child(2) { text-align: right; button { padding: 0; } } time { white-space: nowrap; }
 :is(td, th) button { border: 0; padding: 0 .8rem 0 0; min-height: 1.5rem; background: none; font: inherit; }
-[aria-sort=ascending] button::after { content: " ▲"; }
-[aria-sort=descending] button::after { content: " ▼"; } .deleted a { text-decoration: line-through; }
-.deleted [name=delete], .fixed ~ [name=delete] { display: none; }
-time, output, span, td button:not(:hover), .deleted a, ::placeholder { color: var(--soft); }
-.failed span { color: var(--red); }
-footer { position: sticky; bottom: 0; background: var(--paper); max-height: 6rem; overflow: auto;
+[aria-sort=ascending] button::after { content: " ▲"; } [aria-sort=descending] button::after { content: " ▼"; }
+time, output, span, td button:not(:hover), ::placeholder { color: var(--soft); }
+footer { position: sticky; bottom: 0; z-index: 1; background: var(--paper); max-height: 6rem; overflow: auto;
   &:not(:has(:empty)) { border-top: var(--edge); padding: .4rem 0; } }
 dialog { max-width: min(32rem, 80vw); background: var(--paper); border: var(--edge); border-radius: .6rem; }
+#question { flex: 1 0 100%; } #status, #search { flex: 1; margin: 0; } .failed span { color: var(--red); }
 @media (max-width: 48rem) { td, th { padding: .1rem .4rem; } thead :is(td, th:nth-child(4)) { display: none; }
   tr { display: flex !important; flex-wrap: wrap; padding: .2rem 0; } td:first-child { flex: 1 1 100%; }
-  tbody { contain-intrinsic-height: calc(var(--rows, 100) * 5.565rem); } }
+  tbody { contain-intrinsic-height: 556.5rem; } }
 @media (min-width: 48.01rem) { #fold[open] summary { display: none; } }  /* the script folds it on phones */
 @media (scripting: none) { .script { display: none; }
   .files tr { grid-template-columns: 1fr 5.5rem 9.5rem 8.5rem 11rem; } }
@@ -2332,8 +2327,8 @@ PAGE_END = r"""</main><footer class="bar"><p id="status" role="status"></p>
 <button name="cancel">Cancel</button><button name="retry">Retry</button></template>
 <script type="module">
 const find = (query, within = document) => within.querySelector(query);
-const buttons = find("#buttons"), form = find("#upload"), total = find("#total"), table = find("table");
-const search = find("#search"), undo = find("[name=undo]"), statusText = find("#status");
+const table = find("table"), search = find("#search"), form = find("#upload"), total = find("#total");
+const dialog = find("dialog"), undo = find("[name=undo]"), statusText = find("#status");
 const natural = new Intl.Collator("en", {numeric: true});
 const ages = new Intl.RelativeTimeFormat("en", {style: "short"});
 const isolate = (name) => `\u2068${name}\u2069`;  // its writing direction does not change the text around it
@@ -2370,67 +2365,50 @@ addEventListener("unhandledrejection", (event) => { event.preventDefault(); say(
 // The rows. A complete listing is filtered and sorted here, a cut one (a part of many rows) by the server.
 const view = {filter: "", sort: "", descending: false, ...history.state};  // Back restores it
 const cut = Boolean(find("[rel=next]")) || /[?&](after|limit)=/.test(location.search);
-let rows = [], turn = 0, typing = 0, erased = [];
-
+let rows = [], shown = [], turn = 0, typing = 0, erased = [];
 function readRows() {
   rows = [...table.querySelectorAll("tbody tr")].map((row) => {
     const link = find("a", row), name = link.textContent, time = find("time", row);
     const [, size, , digest] = row.cells, sha256 = digest?.title;
     if (sha256) digest.innerHTML = `<button name="sha256" title="Copy">${digest.textContent}</button>`;
-    row.lastElementChild.append(buttons.content.cloneNode(true));
+    row.lastElementChild.append(find("#buttons").content.cloneNode(true));
     nameButtons(row, name);
     [time.title, time.textContent] = [`${time.textContent} UTC`, age(time.dateTime)];
     return {row, name, sha256, url: plainUrl(link.href), time: time.dateTime, size: parseInt(size.title)};
   });
   arrange();
 }
-function arrange() {
+function arrange() {  // shows the rows that the filter leaves, in the chosen order
+  const words = cut ? [] : view.filter.toLowerCase().split(/\s+/);
+  const [order, sign] = view.descending ? ["descending", -1] : ["ascending", 1];
+  shown = rows.filter(({name, sha256}) => words.every((word) => name.toLowerCase().includes(word)
+    || word.length >= 12 && sha256?.startsWith(word)));  // the table shows 12 characters of a digest
+  if (view.sort && !cut) shown.sort((a, b) => sign * natural.compare(a[view.sort], b[view.sort]));
+  [...table.tBodies].forEach((body, at) =>
+    body.replaceChildren(...shown.slice(100 * at, 100 * at + 100).map(({row}) => row)));
   for (const button of document.querySelectorAll("[name=sort]")) {
-    const direction = view.descending ? "descending" : "ascending";
-    button.parentElement.ariaSort = button.value === view.sort ? direction : "none";
+    button.parentElement.ariaSort = button.value === view.sort ? order : "none";
     button.disabled = cut && button.value === "size";
   }
-  if (view.sort && !cut) {
-    const sorted = rows.toSorted((a, b) => natural.compare(a[view.sort], b[view.sort]));
-    const bodies = [...table.tBodies];
-    if (view.descending) sorted.reverse();
-    sorted.forEach(({row}, at) => bodies[Math.floor(at / 100)].append(row));
-  }
-  filterRows();
-}
-function filterRows() {
-  const words = cut ? [] : view.filter.toLowerCase().split(/\s+/);
-  for (const {row, name, sha256} of rows)
-    row.hidden = !words.every((word) => name.toLowerCase().includes(word)
-      || word.length >= 12 && sha256?.startsWith(word));  // the table shows 12 characters of a digest
-  for (const body of table.tBodies) {  // of 100 rows; its height is estimated until it is in sight
-    const shown = [...body.rows].filter(({hidden}) => !hidden).length;
-    body.hidden = !shown && body.rows.length > 0;
-    body.style.setProperty("--rows", shown);
-  }
-  const shown = shownRows().length, more = find("[rel=next]") ? " and more" : "";
+  const {length} = shown, more = find("[rel=next]") ? " and more" : "";
   const part = view.filter ? `${more} found by the server` : " of more; the server filters and sorts";
-  const all = rows.filter(({row}) => row.className !== "deleted").length;
-  find("output").value = shown + (cut ? part : ` of ${all}`);
-  const several = find("[name=deleteShown]");
-  if (several) [several.hidden, several.textContent] = [!view.filter || !shown, `Delete the ${shown} shown`];
+  find("output").value = length + (cut ? part : ` of ${rows.length}`);
+  const several = find("[name=deleteShown]") ?? {};
+  [several.hidden, several.textContent] = [!view.filter || !length, `Delete the ${length} shown`];
 }
-const shownRows = () => rows.filter(({row}) => !row.hidden && row.className !== "deleted");
-function changeView(change, show) {
+function changeView(change) {
   history.replaceState(Object.assign(view, change), "");
   clearTimeout(typing);
-  if (cut) typing = setTimeout(refresh, 200); else show();
+  if (cut) typing = setTimeout(refresh, 200); else arrange();
 }
 const pattern = (text) => `*${text.trim().replace(/[*?[]|\p{L}|\s+/gu, (sign) =>
   sign.trim() ? `[${sign.toLowerCase()}${sign.toUpperCase()}]` : "*")}*`;  // a shell pattern without case
 async function refresh() {
   const mine = ++turn, url = new URL(location), query = url.searchParams;
   if (cut && !query.has("limit")) query.set("limit", 1000);
-  if (cut && (view.filter || view.sort)) {  // of all rows, not of this part
-    query.delete("after");
-    if (view.filter) query.set("match", pattern(view.filter));
-    if (view.sort) query.set("sort", "newest");
-  }
+  if (cut && view.filter) query.set("match", pattern(view.filter));
+  if (cut && view.sort === "time") query.set("sort", "newest");
+  if (cut && (view.filter || view.sort)) query.delete("after");  // all rows, not this part of them
   const text = await (await request("GET", url, {Accept: "text/html"})).text();
   const fresh = find("table", new DOMParser().parseFromString(text, "text/html"));
   if (!fresh) throw "The answer is no listing. Load the page again.";
@@ -2439,15 +2417,14 @@ async function refresh() {
   table.replaceChildren(table.tHead, ...fresh.tBodies, fresh.tFoot);
   readRows();
   const same = rows.find((row) => row.name === name)?.row;
-  if (same) find(focused.name ? `[name=${focused.name}]` : "a", same)?.focus();
+  (same ? find(focused.name ? `[name=${focused.name}]` : "a", same) : focused)?.focus();
 }
 let lastQuestion = Promise.resolve();  // each question waits for the answer to the last one
-const ask = (question, yes, dialog = find("dialog")) => lastQuestion = lastQuestion.then(() =>
-  new Promise((resolve) => {
-    [find("#question").textContent, find("#yes").textContent, dialog.returnValue] = [question, yes, ""];
-    dialog.onclose = () => resolve(dialog.returnValue);
-    dialog.showModal();
-  }));
+const ask = (question, yes) => lastQuestion = lastQuestion.then(() => new Promise((resolve) => {
+  [find("#question").textContent, find("#yes").textContent, dialog.returnValue] = [question, yes, ""];
+  dialog.onclose = () => resolve(dialog.returnValue);
+  dialog.showModal();
+}));
 function copy(text, what) {  // navigator.clipboard exists on https and localhost only
   document.oncopy = (event) => [event.preventDefault(), event.clipboardData.setData("text/plain", text)];
   say(document.execCommand("copy") ? `${what} copied.` : `Copy it by hand: ${text}`);
@@ -2455,32 +2432,27 @@ function copy(text, what) {  // navigator.clipboard exists on https and localhos
 }
 async function erase(chosen, question) {
   if (!await ask(question, "Delete")) return;
-  const next = chosen.at(-1).row.nextElementSibling ?? chosen[0].row.previousElementSibling;
-  const kept = Boolean(find("[name=deleted]")), failures = [];
+  const kept = Boolean(find("[name=deleted]")), failures = [], at = shown.indexOf(chosen[0]);
   erased = [];
   for (const artefact of chosen) {
-    const condition = artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {};
-    await request("DELETE", artefact.url, condition)
+    await request("DELETE", artefact.url, artefact.sha256 ? {"If-Match": `"${artefact.sha256}"`} : {})
       .then(() => erased.push(artefact), (why) => failures.push(why));
     if (chosen.length > 1) say(`${erased.length} of ${chosen.length} deleted …`);
   }
-  for (const {row} of erased) if (kept) row.className = "deleted"; else row.remove();
-  rows = rows.filter(({row}) => row.isConnected);
-  filterRows();
+  rows = rows.filter((artefact) => !erased.includes(artefact));
+  arrange();
   const note = kept ? ` ${erased.length === 1 ? "Its" : "Their"} versions are kept.` : "";
   if (erased.length) failures.unshift(`${areNow(erased)} deleted.${note}`);
   say(list(failures), kept && erased.length);
-  (undo.hidden ? next && find("a", next) : undo)?.focus();
+  const next = shown[at] ?? shown.at(-1);
+  (undo.hidden ? next && find("a", next.row) : undo)?.focus();
 }
 const actions = {  // by the names of the buttons
   link: ({url}) => copy(url, "Link"),
   curl: ({url}) => copy(`curl -fOJ '${url}'`, "curl command"),
   sha256: ({sha256}) => copy(sha256, "SHA-256"),
-  sort(_, {value}) {
-    const descending = view.sort === value ? !view.descending : value !== "name";
-    const known = !cut || value === "time" && descending;  // the server's only order by request
-    changeView(known ? {sort: value, descending} : {sort: "", descending: false}, arrange);
-  },
+  sort: (_, {value}) => changeView({  // the server sorts by name, or the newest first
+    sort: value, descending: value === view.sort && !cut ? !view.descending : value !== "name"}),
   async restore({name}, {form: {action}}) {
     if (!await ask(`Restore ${isolate(name)}?`, "Restore")) return;
     await request("POST", action);
@@ -2498,9 +2470,8 @@ const actions = {  // by the names of the buttons
     const what = size >= 0 ? `, ${text}, stored ${age(time)}` : " and everything in it";
     return erase([artefact], `Delete ${isolate(name)}${what}?`);
   },
-  deleteShown(_, {textContent}, shown = shownRows()) {
-    return erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`);
-  },
+  deleteShown: (_, {textContent}) =>
+    erase(shown, `${textContent}? ${list(shown.map(({name}) => isolate(name)))}`),
   cancel: (upload) => mark(upload, "failed", "cancelled"),
   cancelAll: () => inState("open").forEach(actions.cancel),
   retry: (upload) => pushAll([upload]),
@@ -2518,10 +2489,9 @@ addEventListener("keydown", (event) => {
   search.focus();
 });
 
-// Uploads. Each has a line, whose class is its state: open, stored or failed.
-let uploads = [], skipped = 0, totalMeter;
+let uploads = [], skipped = 0, totalMeter;  // the class of an upload's line is its state
 const isOpen = ({row}) => row.className === "open";
-const inState = (state) => uploads.filter(({row}) => row.className === state);
+const inState = (state) => uploads.filter(({row}) => row.className === state);  // or "stored", "failed"
 function progressMeter() {  // describes progress, with the speed of the last 5 seconds
   const samples = [];
   return (done, all) => {
@@ -2547,17 +2517,16 @@ function report() {
 function mark(upload, state, text) {
   upload.row.className = state;
   upload.note.textContent = text;
-  upload.sent = state === "open" ? 0 : upload.size;
+  [upload.sent, upload.etag] = state === "open" ? [0, upload.etag] : [upload.size, null];
   if (state === "failed") upload.request?.abort();
 }
-function addUpload(file, path) {
+function addUpload(file, path, at) {
   const row = find("#line").content.firstElementChild.cloneNode(true), [label, bar, note] = row.children;
   const name = path.join("/"), url = plainUrl(form.action) + path.map(encodeURIComponent).join("/");
   label.textContent = bar.ariaLabel = name;
   nameButtons(row, name);
-  const lists = find("#uploads");  // of 100 lines each, for fast layout of 5,000 lines
-  if (!(lists.lastElementChild?.childElementCount < 100)) lists.append(document.createElement("ul"));
-  lists.lastElementChild.append(row);
+  if (at % 100 === 0) find("#uploads").append(document.createElement("ul"));  // for fast layout of 5,000
+  find("#uploads").lastElementChild.append(row);
   return {file, row, bar, note, name, url, size: file.size};
 }
 async function look(upload) {  // at what the upload would replace; returns whether there is something
@@ -2589,17 +2558,12 @@ async function send(upload) {  // leaves the state at open if a question must be
   if (status >= 200 && status < 300) mark(upload, "stored", "stored");
   else if (status) mark(upload, "failed", explain(status, response));
   else if (isOpen(upload)) {
-    const readable = await file.slice(0, 1).arrayBuffer().then(() => true, () => false);
-    mark(upload, "failed", readable ? "The connection broke. The file is kept here for another attempt."
-      : "The file cannot be read. Was it changed or removed? Choose it again.");
+    mark(upload, "failed", "The connection broke. Try again. If the file was changed, choose it again.");
     find("[name=retry]", upload.row).focus();
   }
 }
-async function pushAll(chosen, replaces = false) {  // asks one question before it replaces anything
-  for (const upload of chosen) {
-    mark(upload, "open", "waiting");
-    if (!replaces) upload.etag = null;  // of what an earlier attempt would have replaced
-  }
+async function pushAll(chosen) {  // asks one question before it replaces anything
+  for (const upload of chosen) mark(upload, "open", "waiting");
   const waiting = chosen.values(), reporting = setInterval(report, 100);
   await Promise.all([1, 2, 3].map(async () => { for (const upload of waiting) await send(upload); }));
   clearInterval(reporting);
@@ -2609,7 +2573,7 @@ async function pushAll(chosen, replaces = false) {  // asks one question before 
   if (!existing.length) return;
   const which = chosen.length > 1 ? `${existing.length} of ${chosen.length} files? ` : "";
   const question = `Replace ${which}${list(existing.map(({about}) => about))}${which ? "" : "?"}`;
-  if (await ask(question, "Replace")) return pushAll(existing, true);
+  if (await ask(question, "Replace")) return pushAll(existing);
   for (const upload of existing) mark(upload, "failed", "not replaced");
   report();
   say(`Nothing was changed: ${list(existing.map(({name}) => isolate(name)))} stayed as before.`);
@@ -2628,20 +2592,18 @@ if (form) {
   const fromInput = (file) => ({file, path: (file.webkitRelativePath || file.name).split("/")});
   const fold = find("#fold"), {open} = fold;
   (phone.onchange = () => { fold.open = open && !phone.matches; })();
-  files.required = false;  // the folder field may be used instead
   files.onchange = tree.onchange = () => form.requestSubmit();
   form.onsubmit = (event) => {
     event.preventDefault();
     const chosen = [...dropped, ...[...files.files, ...tree.files].map(fromInput)];
     const wanted = chosen.filter(({path}) => !path[1] || !path.some((name) => name.startsWith(".")));
     const folder = into.value.split("/").filter(Boolean);
-    dropped = [];
-    files.value = tree.value = "";
+    [dropped, files.value, tree.value] = [[], "", ""];
     if (!chosen.length) return say("Choose files or a folder first.");
     if (!uploads.some(isOpen))  // keep those that can be tried again
       [uploads, skipped, totalMeter] = [inState("failed"), 0, progressMeter()];
     skipped += chosen.length - wanted.length;
-    const added = wanted.map(({file, path}) => addUpload(file, [...folder, ...path]));
+    const added = wanted.map(({file, path}, at) => addUpload(file, [...folder, ...path], at));
     uploads.push(...added);
     pushAll(added);
   };
@@ -2651,16 +2613,14 @@ if (form) {
     event.preventDefault();
     form.classList.toggle("dragover", type === "dragover");
     if (type !== "drop") return;
-    const found = [];
     for (const entry of [...items].map((item) => item.webkitGetAsEntry() ?? item.getAsFile()))
-      for await (const file of filesBelow(entry)) found.push(file);
-    dropped.push(...found);
+      for await (const file of filesBelow(entry)) dropped.push(file);
     form.requestSubmit();
   });
   addEventListener("beforeunload", (event) => { if (uploads.some(isOpen)) event.preventDefault(); });
 }
 search.value = view.filter;
-search.oninput = () => changeView({filter: search.value}, filterRows);
+search.oninput = () => changeView({filter: search.value});
 readRows();
 const [{type}] = performance.getEntriesByType("navigation");  // Back may show old rows
 addEventListener("pageshow", ({persisted}) => { if (persisted || type !== "navigate") refresh(); });
@@ -2673,18 +2633,17 @@ PAGE_POLICY = (  # allows only our style and script, by their hashes
     base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     for text in re.findall(r"(?s)<(?:style|script)[^>]*>(.*?)</(?:style|script)>", PAGE_HEAD + PAGE_END)
 ))
-UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary>
-<form id="upload" class="bar" method="post" enctype="multipart/form-data" action="%s">
-<label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
+UPLOAD_FORM = """<details id="fold" %s><summary>Upload</summary><form id="upload" class="bar" method="post"
+ enctype="multipart/form-data" action="%s"><label class="script">%s pattern="(?!/*$|\\.|.*/\\.).*"
  title="Type a name, or names with / between them. A name cannot begin with a dot."></label>
-<label>Files <input id="files" type="file" name="file" multiple required></label>
+<label>Files <input id="files" type="file" name="file" multiple></label>
 <label class="script">or a folder <input id="tree" type="file" webkitdirectory></label><button>Upload</button>
 <span class="script">or drop them on this page.</span></form></details>
 <div id="total" class="bar" hidden><bdi>All files</bdi><progress value="0" aria-label="All files"></progress>
 <span></span><button name="cancelAll">Cancel all</button><button name="retryAll">Retry all</button></div>
 <div id="uploads"></div>"""
 FILTER = """<div class="bar"><input id="search" class="script" type="search" autocomplete="off"
- aria-label="%s" placeholder="%s"><output class="script" for="search"></output>"""
+ aria-label="%s" placeholder="%s"><output class="script" for="search"></output>%s</div>"""
 DOWNLOADS = """<form class="bar" action="%s"><span>Download all:</span>
 <button name="format" value="zip">zip</button> <button name="format" value="tar">tar</button>
 <button name="format" value="sha256sums">checksums</button>%s</form>"""
@@ -2696,7 +2655,6 @@ FILES = """<table class="files"><thead><tr><th><button name="sort" value="name">
 VERSIONS_FORM = '<form action="{}"><button name="versions">Versions</button></form>'
 RESTORE_FORM = '<form method="post" action="{}"><button name="restore">Restore</button></form>'
 FIXED = '<span class="fixed">{}</span> '  # the row cannot be deleted
-COPY_BUTTONS = '<button name="link">Link</button><button name="curl">curl</button>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -2734,13 +2692,13 @@ def page_start(view: PageView, *names: str) -> str:
     if names and not view.for_person:
         heading = f'<a href="{"./" if view.link_base else "../"}">Artefacts</a> / '
         text = escape("/".join(names))
-    head = PAGE_HEAD.replace("@@", escape(": ".join(filter(None, ("Artefacts", "/".join(names))))))
+    title = escape(": ".join(filter(None, ("Artefacts", "/".join(names)))))
     skip = '<a class="skip" href="#content">Skip to the list</a>' if view.for_person else ""
     who = f"<span>Signed in as <bdi>{escape(view.token)}</bdi></span>" if view.token else ""
     sign_in = '<button name="login">Sign in</button>' if view.may_sign_in else ""
     form = f'<form class="bar" action="{view.base}/artefacts/">{who}{sign_in}</form>'
     header = f'{skip}<header class="bar"><h1>{heading}{text}</h1>{form}</header>'
-    return f'{head}{header}\n<main id="content" tabindex="-1">'
+    return f'{PAGE_HEAD.replace("@@", title)}{header}\n<main id="content" tabindex="-1">'
 
 
 def page_rows(view: PageView, columns: str, rows: Iterable[str]) -> Iterator[str]:
@@ -2749,14 +2707,25 @@ def page_rows(view: PageView, columns: str, rows: Iterable[str]) -> Iterator[str
     for at, row in enumerate(rows):  # in groups of 100, for fast layout: a sort of 10,000 rows takes 0.4 s
         yield row if at % 100 or not at else f"<tbody>{row}"
     more = f'<tr><td><a rel="next" href="{escape(view.next_url)}">More</a>' if view.next_url else ""
-    buttons = COPY_BUTTONS if columns == FILES else ""
-    if view.may_erase and not view.deleted:
-        buttons += '<button name="delete">Delete</button>'
-    yield f'<tfoot>{more}</tfoot></table><template id="buttons">{buttons}</template>{PAGE_END}'
+    copy = '<button name="link">Link</button><button name="curl">curl</button>' if columns == FILES else ""
+    delete = '<button name="delete">Delete</button>' if view.may_erase and not view.deleted else ""
+    yield f'<tfoot>{more}</tfoot></table><template id="buttons">{copy}{delete}</template>{PAGE_END}'
 
 
-def artefact_row(artefact: Artefact, link: str, name: str, buttons: str) -> str:
-    """Return the table row of an artefact or a version. `link` is its URL, `buttons` is HTML."""
+def artefact_row(view: PageView, artefact: Artefact, is_current: bool | None = None) -> str:
+    """Return the table row of an artefact, or of one of its versions: `is_current` is given for these."""
+    if is_current is None:
+        name = artefact.id.removeprefix(view.folder)
+        path = link = view.link_base + quoted(name)
+        buttons = VERSIONS_FORM.format(path)
+    else:
+        name, path, buttons = artefact.version, "", FIXED.format("current") if is_current else ""
+    if view.deleted or is_current is not None:
+        link = f"{path}?version={artefact.version}"
+        if view.may_erase and not is_current:
+            buttons += RESTORE_FORM.format(f"{path}?restore={artefact.version}")
+    elif view.with_digests and artefact.sha256:
+        link += f"#sha256={artefact.sha256}"
     size, unit = float(artefact.size), 0
     while size >= 999.5:
         size, unit = size / 1000, unit + 1
@@ -2776,7 +2745,7 @@ def directories_page(view: PageView, directories: Iterable[tuple[str, str, bool]
     if view.may_push:
         field = 'Directory <input id="into" required'
         yield UPLOAD_FORM % ('class="script" open', f"{view.base}/artefacts/", field)
-    yield FILTER % ("Filter directories", "Directory") + "</div>"
+    yield FILTER % ("Filter directories", "Directory", "")
     yield from page_rows(view, DIRECTORIES, (
         f'<tr><td role="rowheader"><a href="{href(view.base, name)}"><bdi>{escape(name)}</bdi></a>'
         f'<td><time datetime="{changed}">{changed[:16].replace("T", " ")}</time>'
@@ -2786,41 +2755,22 @@ def directories_page(view: PageView, directories: Iterable[tuple[str, str, bool]
 
 def directory_page(view: PageView, artefacts: Iterable[Artefact]) -> Iterator[str]:
     """Generate the page of a directory or a folder, or of what was deleted there."""
-
-    def row(artefact: Artefact) -> str:
-        name = artefact.id.removeprefix(view.folder)
-        link = view.link_base + quoted(name)
-        buttons = VERSIONS_FORM.format(link)
-        if view.deleted:
-            restore = RESTORE_FORM.format(f"{link}?restore={artefact.version}") if view.may_erase else ""
-            return artefact_row(artefact, f"{link}?version={artefact.version}", name, buttons + restore)
-        fragment = f"#sha256={artefact.sha256}" if view.with_digests and artefact.sha256 else ""
-        return artefact_row(artefact, link + fragment, name, buttons)
-
     yield page_start(view, view.directory, *view.folder.split("/")[:-1], *["deleted"][: view.deleted])
-    yield FILTER % ("Filter", "Name or SHA-256") + "</div>" if view.deleted else directory_controls(view)
-    yield from page_rows(view, FILES, map(row, artefacts))
-
-
-def directory_controls(view: PageView) -> str:
-    """Return what stands above the artefacts of a directory or a folder: forms, filter and downloads."""
     action = view.link_base or "./"
     folded = "open" if view.may_erase else ""  # nothing can be replaced in a write-once directory
-    upload = UPLOAD_FORM % (folded, action, 'Folder <input id="into" placeholder="optional"')
     delete = '<button name="deleteShown" hidden></button>' if view.may_erase else ""
     deleted = '<button name="deleted">Show deleted</button>' if view.keeps_versions else ""
-    controls = FILTER % ("Filter", "Name or SHA-256") + delete + DOWNLOADS % (action, deleted) + "</div>"
-    return upload + controls if view.may_push else controls
+    if view.may_push and not view.deleted:
+        yield UPLOAD_FORM % (folded, action, 'Folder <input id="into" placeholder="optional"')
+    controls = "" if view.deleted else delete + DOWNLOADS % (action, deleted)
+    yield FILTER % ("Filter", "Name or SHA-256", controls)
+    yield from page_rows(view, FILES, map(artefact_row, itertools.repeat(view), artefacts))
 
 
 def versions_page(view: PageView, id: str, versions: Iterable[tuple[Artefact, bool]]) -> Iterator[str]:
     """Generate the page of an artefact's versions. Each comes with whether it is the current one."""
-    restore = RESTORE_FORM if view.may_erase else ""
-    yield page_start(view, view.directory, id) + FILTER % ("Filter", "Time or SHA-256") + "</div>"
-    yield from page_rows(view, FILES, (
-        artefact_row(artefact, href(view.base, view.directory, id, artefact.version), artefact.version,
-                     FIXED.format("current") if current else restore.format(f"?restore={artefact.version}"))
-        for artefact, current in versions))
+    yield page_start(view, view.directory, id) + FILTER % ("Filter", "Time or SHA-256", "")
+    yield from page_rows(view, FILES, (artefact_row(view, *version) for version in versions))
 
 
 def error_page(view: PageView, title: str, detail: str, back: str) -> str:
