@@ -1966,8 +1966,8 @@ def last_modified(artefact: Artefact) -> int | None:
 @functools.lru_cache(1024)
 def representation_fields(artefact: Artefact, modified: int | None, base: str, caching: str,
                           policy: str) -> list[tuple[str, str]]:
-    """Return the fields of an artefact whose digest is known. modified: `last_modified`. policy: POLICY, or
-    that of a page whose scripts may run; a page without an origin must load its own parts."""
+    """Return the fields of an artefact whose digest is known, besides those of every response. modified:
+    `last_modified`. policy: POLICY, or that of a page, which may have no origin, but must load its parts."""
     digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
     fields = [
         ("Content-Type", f"{artefact.type}; charset=utf-8" if artefact.is_utf8 else artefact.type),
@@ -1981,7 +1981,7 @@ def representation_fields(artefact: Artefact, modified: int | None, base: str, c
         ("Artefact-Version", artefact.version),
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
         ("Content-Security-Policy", policy),
-        (CORP, SAME_ORIGIN if policy == POLICY else "cross-origin"),
+        (CORP, "" if policy == POLICY else "cross-origin"),
     ]
     return [(name, value) for name, value in fields if value]
 
@@ -2007,7 +2007,8 @@ def is_navigation(environ: WSGIEnvironment) -> bool:
 # == Access: who may do what, and which rules hold for a directory ================================
 
 HEALTH = "/healthz"
-HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
+match_host = functools.lru_cache(256)(HOST.fullmatch)
 ORIGIN = re.compile(f"https?://({HOST.pattern})", re.A)  # groups: authority, host
 CHALLENGES = ('Basic realm="artefacts", charset="UTF-8"', 'Bearer realm="artefacts"')
 READING = ("GET", "HEAD", "OPTIONS", "PROPFIND")
@@ -2115,14 +2116,14 @@ class Settings:
     loopback: bool = False  # whether it listens on loopback addresses only
     pages_host: str = ""  # the second name, in lower case, under which pages have an origin of their own
     keep_days: int | None = None  # after a push, until `Repository.expire`
+    write_once = pages = None  # only rules state them
 
     def rule(self, directory: str, key: str) -> Any:
-        """Return what the first rule that matches the directory and states the key says; else the setting of
-        that name, or None."""
+        """Return what the first rule says that matches the directory and states the key; else the setting."""
         for rule in self.config.directory:
             if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
                 return rule[key]
-        return getattr(self, key, None)
+        return getattr(self, key)
 
     def is_pages_host(self, req: Req) -> bool:
         """Return whether a request came under the name that is for pages only."""
@@ -2210,10 +2211,10 @@ class Gate:
         """Raise HTTPBadRequest for a missing or malformed Host (RFC 9112 §3.2), HTTPForbidden for a name that
         is not ours: another site may have bound it to this address (DNS rebinding)."""
         host, settings = environ.get("HTTP_HOST"), self.settings
-        match = HOST.fullmatch((host or "").lower())
+        match = match_host(host or "")
         if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
-        name = match[1]
+        name = match[1].lower()
         if host is None or is_loopback(name) or not settings.loopback or settings.config.token:
             return
         if name == "" or name not in (settings.pages_host, *settings.hosts):
@@ -3207,10 +3208,10 @@ class ArtefactResource(Resource):
 
     def on_get(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         version, caching = req.get_param("version"), "no-cache, no-transform"
-        if req.has_param("versions"):
+        if "versions" in req.params:
             self._list_versions(req, resp, directory, id)
             return
-        if req.has_param("at"):
+        if "at" in req.params:
             require_body(req)
             version = self.repository.version_at(directory, id, instant(req.get_param("at") or ""))
         elif version is not None:
