@@ -2926,8 +2926,13 @@ def digested(req: Req, content: Content) -> Artefact:
 class Resource:
     """The base of all resources: what they share."""
 
+    on_get: Callable[..., None]
+
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self.repository, self.settings = repository, settings
+
+    def on_head(self, req: Req, resp: Resp, **names: str) -> None:
+        self.on_get(req, resp, **names)
 
     def on_propfind(self, req: Req, resp: Resp, **_: str) -> None:
         # sccache asks so before it writes. It takes 404 for "does not exist yet", and gives up at 405.
@@ -2967,32 +2972,37 @@ class Resource:
 
         return check
 
-    def expect_body(self, req: Req, directory: str) -> tuple[int | None, int | None]:
-        """Return the announced length of the body (None: chunked) and its limit, in bytes. TooLarge. What our
-        own connection receives is limited from here on."""
+    @contextlib.contextmanager
+    def receive(self, req: Req, directory: str, admit: Callable[[int], object], *, sha256: str | None = None,
+                at_once: bool = False) -> Iterator[Upload]:
+        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
+
+        What the header shows to be refused is refused before that; `admit` gets the announced length. at_once:
+        stay on the event loop if neither the body nor fsync delays a push. TooLarge, Mismatch."""
         length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
-        if isinstance(req.env["wsgi.input"], Upload):
-            req.env["wsgi.input"].limit = limit
+        stream, phase = req.env["wsgi.input"], req.env.get(HEADERS_ONLY)
+        is_own = isinstance(stream, Upload)
+        if is_own:
+            stream.limit = limit
         if limit is not None and (length or 0) > limit:
             raise TooLarge(f"The limit is {limit} bytes. Send less; PUT the files of a form one by one.")
-        return length, limit
-
-    @contextlib.contextmanager
-    def receive(self, req: Req, length: int | None, limit: int | None) -> Iterator[Upload]:
-        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
-        Mismatch: the body breaks off."""
-        if isinstance(req.env["wsgi.input"], Upload):
-            yield req.env["wsgi.input"]
+        if not is_own or phase is False:
+            admit(length or 0)
+        if not (at_once and is_own and phase and not self.repository.durable):
+            require_body(req)
+        if is_own:
+            stream.verify(length, sha256)
+            yield stream
             return
-        stream = req.env["wsgi.input"] if length is None else req.bounded_stream
         with self.repository.stage(limit) as upload:
-            piece = b"-"
+            stream, piece = stream if length is None else req.bounded_stream, b"-"
             while piece:
                 try:
                     piece = stream.read(PIECE)
                 except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
                     raise Mismatch("The body broke off. Send it again.") from None
                 upload.write(piece)
+            upload.verify(length, sha256)
             yield upload
 
     def push_form(self, req: Req, resp: Resp, directory: str, id: str | None = None) -> None:
@@ -3005,15 +3015,11 @@ class Resource:
             raise HTTPBadRequest(description="The form's Content-Type is too long. Shorten it.")
         if announced_sha256(req.env) is not None:
             raise HTTPBadRequest(description="A digest of a form is not checked. PUT the file itself.")
-        length, limit = self.expect_body(req, directory)
         check_names(directory, "-" if id is None else id)
-        self.repository.check_space(length or 0)
-        require_body(req)
         check = self.write_check(req, directory, creates=True)
         stored: list[Artefact] = []
         target, problem = None, None  # target: the id of the file that is being pushed
-        with self.receive(req, length, limit) as form:
-            form.verify(length, None)
+        with self.receive(req, directory, self.repository.check_space) as form:
             try:
                 for name, type, read in files_of_form(form, req.content_type or ""):
                     target = id or name
@@ -3129,13 +3135,11 @@ class Resource:
         return iter(rows), f"{href(base_of(req), directory, folder)}?{query}"
 
 
-class Root:
+class Root(Resource):
     """`/`"""
 
     def on_get(self, req: Req, resp: Resp) -> None:
         raise falcon.HTTPSeeOther(base_of(req) + "/artefacts/")
-
-    on_head = on_get
 
 
 class Health(Resource):
@@ -3157,8 +3161,6 @@ class Health(Resource):
         if self.problem:
             raise falcon.HTTPServiceUnavailable(description=self.problem, retry_after=5)
         render_json(resp, '{"status": "ok"}')
-
-    on_head = on_get
 
     def check(self) -> str:
         """Return what prevents reading and writing, "" if nothing does."""
@@ -3185,13 +3187,11 @@ class Directories(Resource):
             (name, self.repository.changed(name), self.page_view(req, name).may_erase) for name in names))
         render_list(req, resp, page, {"directories": rows})
 
-    on_head = on_get
-
 
 class Directory(Resource):
     """`/artefacts/<directory>`"""
 
-    on_get = on_head = Resource.list_artefacts
+    on_get = Resource.list_artefacts
 
     def on_post(self, req: Req, resp: Resp, directory: str) -> None:
         self.push_form(req, resp, directory)
@@ -3226,8 +3226,6 @@ class ArtefactResource(Resource):
         else:
             with content:
                 self._respond(req, resp, content, caching)
-
-    on_head = on_get
 
     def _show_folder(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         """List the artefacts below a folder, or show its index.html in a directory with pages. Redirect to
@@ -3341,20 +3339,12 @@ class ArtefactResource(Resource):
         """Push the body. What the header shows to be refused is refused before the body is received."""
         if is_form(req):
             raise HTTPUnsupportedMediaType(description="POST the form, or PUT the file itself.")
-        sha256, (length, limit) = announced_sha256(req.env), self.expect_body(req, directory)
         check = self.write_check(req, directory, creates=req.method == "POST")
-        is_received, phase = isinstance(req.env["wsgi.input"], Upload), req.env.get(HEADERS_ONLY)
-        if not is_received or phase is False:
-            self.repository.admit(directory, id, length or 0, check)
-        # A body that came with its header is pushed on the event loop if neither fsync nor a lock delays it.
-        at_once = is_received and phase is True and not self.repository.durable
-        if not at_once:
-            require_body(req)
-        with self.receive(req, length, limit) as upload:
-            upload.verify(length, sha256)
+        admit = functools.partial(self.repository.admit, directory, id, check=check)
+        with self.receive(req, directory, admit, sha256=announced_sha256(req.env), at_once=True) as upload:
             try:
-                return self.repository.push(
-                    upload, directory, id, type=req.content_type, check=check, wait=not at_once)
+                return self.repository.push(upload, directory, id, type=req.content_type, check=check,
+                                            wait=HEADERS_ONLY not in req.env)
             except BlockingIOError:  # the lock is taken, or another program has a lease on the file
                 require_body(req)  # a worker thread pushes it
                 raise
@@ -3527,10 +3517,6 @@ class Sink(io.RawIOBase):
         self.written.append(bytes(data))
         return len(data)
 
-    def take(self) -> bytes:
-        taken, self.written = self.written, []
-        return b"".join(taken)
-
 
 def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
     """Yield a zip archive, as `tar_archive` does. Nothing is compressed, but the bytes are in DEFLATE's
@@ -3550,8 +3536,9 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
                 with archive.open(info, "w", force_zip64=size > MAX_ZIP32) as file:
                     for piece in content.pieces():
                         file.write(piece)
-                        yield sink.take()
-    yield sink.take()
+                        yield b"".join(sink.written)
+                        sink.written.clear()
+    yield b"".join(sink.written)
 
 
 ARCHIVES = {"tar": ("application/x-tar", tar_archive), "zip": ("application/zip", zip_archive)}
@@ -3604,7 +3591,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
     app.req_options.strip_url_path_trailing_slash = True
     for kind in (Exception, falcon.HTTPError):  # Falcon has handlers of its own for both
         app.add_error_handler(kind, handle_error)
-    app.add_route("/", Root())
+    app.add_route("/", Root(repository, settings))
     app.add_route(HEALTH, Health(repository, settings))
     for base in ("/artefacts", "/artefact"):
         app.add_route(base, Directories(repository, settings))
