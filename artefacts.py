@@ -1805,8 +1805,8 @@ def http_seconds(field: str | None) -> int | None:
 
 
 def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
-    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2), None if malformed or
-    too long. etag: None if there is no representation."""
+    """Return whether a field lists the entity tag (RFC 9110 §8.8.3.2), None if it is malformed or too long.
+    etag: None if there is no representation."""
     if field == etag:  # the usual revalidation
         return True
     if field.strip(" \t") == "*":
@@ -1823,9 +1823,8 @@ def failed_precondition(method: str, environ: WSGIEnvironment, etag: str | None,
                         modified: int | None) -> int | None:
     """Return 304 or 412 if a condition fails, None if the method is to be performed (RFC 9110 §13.2.2).
 
-    etag and modified (seconds): the validators of the current representation, None if it has none. Raise
-    HTTPBadRequest for a malformed If-None-Match on a write: to ignore it would replace what the client wants
-    to protect."""
+    etag and modified (seconds): the validators of the current representation, None if it has none.
+    HTTPBadRequest: a write has a malformed If-None-Match; ignored, it would not protect what it should."""
     reading = method in ("GET", "HEAD")
     if "HTTP_IF_MATCH" in environ:
         if not tag_matches(environ["HTTP_IF_MATCH"], etag, strong=True):
@@ -1851,9 +1850,8 @@ def byte_range(field: str, if_range: str | None, size: int, etag: str,
                modified: int | None) -> tuple[int, int] | None:
     """Return (first byte, length) of the one range that a Range field asks for. HTTPRangeNotSatisfiable.
 
-    Return None for the whole: for several ranges, another unit or a malformed field (RFC 9110 §14.2), of an
-    empty artefact, and if If-Range names another representation (§13.1.5). modified (seconds): None if it
-    is no strong validator."""
+    None: the whole, for several ranges, another unit, a malformed field (RFC 9110 §14.2), an empty artefact,
+    or another representation in If-Range (§13.1.5). modified (seconds): None if it is no strong validator."""
     match = BYTE_RANGE.fullmatch(field)
     if match is None or not size:
         return None
@@ -1861,30 +1859,24 @@ def byte_range(field: str, if_range: str | None, size: int, etag: str,
         if modified is None or http_seconds(if_range) != modified:
             return None
     # `int` refuses numbers of thousands of digits. 19 digits exceed the size of every file.
-    first, last = (int(digits.lstrip("0")[:19] or "0") if digits else None for digits in match.groups())
-    if first is None:  # the last bytes
-        first, last = max(0, size - (last or 0)), size - 1
-    elif last is not None and last < first:
+    first, last = (int(digits.lstrip("0")[:19] or "0") if digits else size for digits in match.groups())
+    if not match[1]:  # the last bytes
+        first, last = max(0, size - last), size
+    elif match[2] and last < first:
         return None
     if first >= size:
-        hint = f"The artefact has {size} bytes. Ask for some of these, or for the whole."
-        raise falcon.HTTPRangeNotSatisfiable(size, description=hint)
-    return first, min(size - 1 if last is None else last, size - 1) - first + 1
+        raise falcon.HTTPRangeNotSatisfiable(size, description=f"Ask for some of the {size} bytes it has.")
+    return first, min(last, size - 1) - first + 1
 
 
 def announced_sha256(environ: WSGIEnvironment) -> str | None:
-    """Return the SHA-256, in hex, that Repr-Digest, Content-Digest (RFC 9530), Digest (RFC 3230) or
-    X-Checksum-Sha256 announces, or None. Other algorithms are ignored (RFC 9530 §2). HTTPBadRequest: a digest
-    is malformed, or two differ."""
+    """Return the SHA-256, in hex, that a field of RFC 9530, Digest (RFC 3230) or X-Checksum-Sha256 announces,
+    or None: other algorithms are ignored. HTTPBadRequest: one is malformed, or two differ."""
     found = set()
-    for field in ("HTTP_REPR_DIGEST", "HTTP_CONTENT_DIGEST", "HTTP_DIGEST"):
-        for value in SHA256_MEMBER.findall(environ.get(field, "")):
-            value = value.strip(" \t")
-            if field != "HTTP_DIGEST":  # a byte sequence stands between colons (RFC 8941 §3.3.5)
-                value = value[1:-1] if value[:1] == value[-1:] == ":" else "malformed"
-            with contextlib.suppress(ValueError):
-                value = base64.b64decode(value, validate=True).hex()
-            found.add(value)
+    for field, colon in (("HTTP_REPR_DIGEST", ":"), ("HTTP_CONTENT_DIGEST", ":"), ("HTTP_DIGEST", "")):
+        for value in SHA256_MEMBER.findall(environ.get(field, "")):  # colons: RFC 8941 §3.3.5
+            match = re.fullmatch(f"{colon}([A-Za-z0-9+/]{{43}}=){colon}", value.strip(" \t"))
+            found.add(base64.b64decode(match[1]).hex() if match else "malformed")
     if "HTTP_X_CHECKSUM_SHA256" in environ:
         found.add(environ["HTTP_X_CHECKSUM_SHA256"].strip().lower())
     if len(found) > 1 or not all(map(SHA256.fullmatch, found)):
@@ -1894,8 +1886,7 @@ def announced_sha256(environ: WSGIEnvironment) -> str | None:
 
 
 def body_length(environ: WSGIEnvironment) -> int | None:
-    """Return the announced length of the body in bytes, None if it is chunked. HTTPBadRequest,
-    HTTPUnsupportedMediaType: it must not be stored."""
+    """Return the announced length of the body in bytes, None: chunked. HTTPError: it must not be stored."""
     if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110 §14.5
         raise HTTPBadRequest(description="A part cannot be stored. Send the whole, without Content-Range.")
     if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
@@ -1913,8 +1904,7 @@ def body_length(environ: WSGIEnvironment) -> int | None:
 
 
 def preferred_format(wanted: str | None, accept: str) -> str:
-    """Return `wanted`, else what Accept prefers (RFC 9110 §12.5.1), else "json". HTTPBadRequest: `wanted` is
-    not one of FORMATS."""
+    """Return the one of FORMATS that is wanted, or what Accept prefers (RFC 9110 §12.5.1). HTTPBadRequest."""
     if wanted in FORMATS:
         return wanted
     if wanted is not None:
@@ -1957,8 +1947,7 @@ def quoted(path: str) -> str:
 
 
 def last_modified(artefact: Artefact) -> int | None:
-    """Return when an artefact was stored, in seconds since the epoch. None if that is in the future, because
-    it would never match (RFC 9110 §8.8.2.1)."""
+    """Return the seconds since the epoch, None if in the future: it would never match (RFC 9110 §8.8.2.1)."""
     seconds = artefact.time // 1_000_000
     return seconds if seconds <= time.time() else None
 
@@ -2031,8 +2020,8 @@ def number_of_versions(value: object) -> int:
 
 
 def only(description: str, kind: type, pattern: str = "(?s:.*)") -> Callable[[object], Any]:
-    """Return a converter that returns values of a type that match a pattern. Its ValueError for others does
-    not show them, because a value may be a token."""
+    """Return a converter that lets values of a type pass that match a pattern. Its ValueError does not show
+    others: a value may be a token."""
 
     def convert(value: object) -> Any:
         if type(value) is not kind or not re.fullmatch(pattern, str(value)):
@@ -2087,10 +2076,8 @@ class Config:
     directory: Sequence[Mapping[str, Any]] = ()  # the rules, with those of the KEYS that each states
 
     def identify(self, authorization: str | None) -> Client:
-        """Return the token that Authorization has as Bearer, or as the password of Basic; else `anonymous`.
-
-        Without configured tokens the field is ignored: a proxy may use it for users of its own."""
-        if authorization is None or not self.token:
+        """Return the token that Authorization has as Bearer, or as the password of Basic; or `anonymous`."""
+        if authorization is None or not self.token:  # a proxy may use it for users of its own
             return self.anonymous
         scheme, _, secret = authorization.strip().partition(" ")
         try:
@@ -2182,8 +2169,7 @@ class Gate:
         self.settings = settings
 
     def process_resource(self, req: Req, resp: Resp, resource: object, params: dict[str, Any]) -> None:
-        """Identify the client. Raise HTTPUnauthorized or HTTPForbidden for what it may not do. Set the fields
-        of all responses."""
+        """Identify the client, and set the fields of every response. HTTPError: it may not do this."""
         config, directory, reading = self.settings.config, params.get("directory"), req.method in READING
         self.check_host(req.env)
         if not reading:
@@ -2836,8 +2822,7 @@ DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
 
 
 def problem_of(error: Exception, method: str = "") -> dict[str, Any]:
-    """Return the problem document (RFC 9457) of any error. What an OSError or an unexpected error says is not
-    shown, because it may contain a path."""
+    """Return the problem document (RFC 9457) of any error. An OSError's own text may contain a path."""
     code, detail = 500, DETAILS[500]
     if isinstance(error, ArtefactsError):
         code, detail = STATUSES[type(error)], error.detail
@@ -2877,10 +2862,8 @@ def render_problem(req: Req, resp: Resp, error: Exception) -> dict[str, Any]:
 
 
 def handle_error(req: Req, resp: Resp, error: Exception, params: object) -> None:
-    """Render any error of a resource, of the gate or of Falcon: a page for a person, else a problem document.
-
-    This must not raise an HTTPError: Falcon would keep it in a reference cycle with its traceback, and the
-    connection and what it received would stay in memory until the next garbage collection."""
+    """Render any error: a page for a person, else a problem document. It must not raise an HTTPError: Falcon
+    would keep it in a reference cycle with its traceback, and what the connection received in memory."""
     problem = render_problem(req, resp, error)
     if is_navigation(req.env):
         base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
@@ -2891,8 +2874,7 @@ def handle_error(req: Req, resp: Resp, error: Exception, params: object) -> None
 
 # == Resources ====================================================================================
 
-MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
-MAX_PATTERN = 255  # characters
+MAX_LIMIT, MAX_PATTERN = 10_000, 255  # rows of a listing that was cut, held in memory; characters of `match`
 MAX_ZIP32 = 256 * 1024 * 1024  # bytes of a file that certainly needs no ZIP64, with its frames
 ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, too
 MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epoch: the years 1980 to 2107
@@ -2906,20 +2888,16 @@ Read = Callable[[int], bytes]  # returns at most so many bytes, and none at the 
 HEADERS_ONLY, ON_WORKER = "artefacts.headers_only", "artefacts.on_worker"
 
 
-class NeedsBody(falcon.HTTPStatus):
-    """Raised in a header check that cannot answer yet: 100, the body or a worker is needed; 102, a worker."""
-
-
 def require_body(req: Req) -> None:
-    """End a header check here: what follows reads the body, writes, or waits for a lock or the disk."""
+    """End a header check with 100: what follows reads the body, writes, or waits for a lock or the disk."""
     if HEADERS_ONLY in req.env:
-        raise NeedsBody(falcon.HTTP_100)
+        raise falcon.HTTPStatus(falcon.HTTP_100)
 
 
 def digested(req: Req, content: Content) -> Artefact:
-    """Return the artefact with its digest. NeedsBody: a worker thread has to read the file for it."""
+    """Return the artefact with its digest. End a header check with 102 if a worker has to read the file."""
     if content.artefact.sha256 is None and HEADERS_ONLY in req.env and not req.env[ON_WORKER]:
-        raise NeedsBody(falcon.HTTP_102)
+        raise falcon.HTTPStatus(falcon.HTTP_102)
     return content.digested()
 
 
@@ -2959,8 +2937,7 @@ class Resource:
         )
 
     def write_check(self, req: Req, directory: str, *, creates: bool = False) -> Check:
-        """Return what the repository checks before a write: that there is no artefact yet, if the request
-        `creates` one or the directory is write-once; and then the request's preconditions."""
+        """Return what the repository checks before a write: whether it may replace, and the preconditions."""
         write_once = self.settings.rule(directory, "write_once")
 
         def check(current: Content | None) -> None:
@@ -2977,8 +2954,8 @@ class Resource:
                 at_once: bool = False) -> Iterator[Upload]:
         """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
 
-        What the header shows to be refused is refused before that; `admit` gets the announced length. at_once:
-        stay on the event loop if neither the body nor fsync delays a push. TooLarge, Mismatch."""
+        What the header shows to be refused is refused first; `admit` gets the announced length. at_once: stay
+        on the event loop if neither the body nor fsync delays a push. TooLarge, Mismatch."""
         length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
         stream, phase = req.env["wsgi.input"], req.env.get(HEADERS_ONLY)
         is_own = isinstance(stream, Upload)
@@ -2990,15 +2967,11 @@ class Resource:
             admit(length or 0)
         if not (at_once and is_own and phase and not self.repository.durable):
             require_body(req)
-        if is_own:
-            stream.verify(length, sha256)
-            yield stream
-            return
-        with self.repository.stage(limit) as upload:
-            stream, piece = stream if length is None else req.bounded_stream, b"-"
+        with contextlib.nullcontext(stream) if is_own else self.repository.stage(limit) as upload:
+            piece = b"" if is_own else b"-"
             while piece:
                 try:
-                    piece = stream.read(PIECE)
+                    piece = (stream if length is None else req.bounded_stream).read(PIECE)
                 except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
                     raise Mismatch("The body broke off. Send it again.") from None
                 upload.write(piece)
@@ -3006,9 +2979,8 @@ class Resource:
             yield upload
 
     def push_form(self, req: Req, resp: Resp, directory: str, id: str | None = None) -> None:
-        """Push each file of a form (RFC 7578) under its own name, or under `id`. Each is a commit of its own.
-
-        The first refusal ends the form. The response has its status, and lists what was stored before it."""
+        """Push each file of a form (RFC 7578), a commit each, under its own name or under `id`. The first
+        refusal ends the form. The response has its status, and lists what was stored before it."""
         if not is_form(req):
             raise HTTPUnsupportedMediaType(description="POST a form (curl -F file=@f), or PUT an artefact.")
         if len(req.content_type or "") > MAX_FIELD:
@@ -3018,7 +2990,8 @@ class Resource:
         check_names(directory, "-" if id is None else id)
         check = self.write_check(req, directory, creates=True)
         stored: list[Artefact] = []
-        target, problem = None, None  # target: the id of the file that is being pushed
+        problem: dict[str, Any] = {"refused": []}
+        target = None  # the id of the file that is being pushed
         with self.receive(req, directory, self.repository.check_space) as form:
             try:
                 for name, type, read in files_of_form(form, req.content_type or ""):
@@ -3035,27 +3008,24 @@ class Resource:
                 resp.status = falcon.HTTP_201
             except (ArtefactsError, falcon.HTTPError, OSError) as error:
                 problem = render_problem(req, resp, error)
-        self.render_form(req, resp, directory, stored, target, problem)
+                refused = {"id": target, "status": problem["status"], "detail": problem["detail"]}
+                problem["refused"] = [refused]
+                problem["detail"] += f" Files before it that are stored: {len(stored)}." if stored else ""
+        self.render_form(req, resp, directory, stored, problem)
 
     def render_form(self, req: Req, resp: Resp, directory: str, stored: Sequence[Artefact],
-                    target: str | None, problem: dict[str, Any] | None) -> None:
-        """Render what a form stored, and the problem that ended it at the file `target`."""
-        base = base_of(req)
-        document: dict[str, Any] = {"refused": []}
-        if problem is not None:
-            refused = {"id": target, "status": problem["status"], "detail": problem["detail"]}
-            document = problem | {"refused": [refused]}
-            if stored:
-                document["detail"] += f" Files before it that are stored: {len(stored)}."
+                    problem: dict[str, Any]) -> None:
+        """Render what a form stored, and the problem that ended it, if any is `refused`."""
+        base, back = base_of(req), href(base_of(req), directory)
         if format_of(req) != "html":
             rows = [json.loads(artefact_json(artefact, base)) for artefact in stored]
-            render_json(resp, json.dumps(document | {"directory": directory, "artefacts": rows}))
-        elif problem is not None:  # a browser without script
-            title, detail = "Not everything was stored", f"{target or 'The form'}: {document['detail']}"
-            view, back = self.page_view(req, directory), href(base, directory)
-            render_page(resp, [error_page(view, title, detail, back)])
+            render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": rows}))
+        elif not problem["refused"]:  # a browser without script
+            raise falcon.HTTPSeeOther(back)
         else:
-            raise falcon.HTTPSeeOther(href(base, directory))
+            detail = f"{problem['refused'][0]['id'] or 'The form'}: {problem['detail']}"
+            view = self.page_view(req, directory)
+            render_page(resp, [error_page(view, "Not everything was stored", detail, back)])
 
     def list_artefacts(self, req: Req, resp: Resp, directory: str, folder: str = "") -> None:
         """Render the artefacts below a folder ("", or with a slash at its end) that the query selects."""
@@ -3191,10 +3161,7 @@ class Directories(Resource):
 class Directory(Resource):
     """`/artefacts/<directory>`"""
 
-    on_get = Resource.list_artefacts
-
-    def on_post(self, req: Req, resp: Resp, directory: str) -> None:
-        self.push_form(req, resp, directory)
+    on_get, on_post = Resource.list_artefacts, Resource.push_form
 
     def on_delete(self, req: Req, resp: Resp, directory: str) -> None:
         self.check_erasable(directory)
@@ -3228,8 +3195,7 @@ class ArtefactResource(Resource):
                 self._respond(req, resp, content, caching)
 
     def _show_folder(self, req: Req, resp: Resp, directory: str, id: str) -> None:
-        """List the artefacts below a folder, or show its index.html in a directory with pages. Redirect to
-        the URL with a slash, which links are relative to."""
+        """List a folder, or show its index.html if it has pages. Links are relative to the URL with a slash."""
         if not req.env["PATH_INFO"].endswith("/"):
             query = f"?{req.query_string}" if req.query_string else ""
             raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
@@ -3374,18 +3340,15 @@ def source_of(req: Req) -> tuple[str, str]:
 
 
 def shell_pattern(pattern: str | None) -> Callable[[str], object] | None:
-    """Return a function that matches an id as fnmatch.fnmatchcase does. HTTPBadRequest: it is too long.
-
-    The regular expression does not backtrack from one '*' to another. With at most MAX_PATTERN characters it
-    takes 10 ms to compile, and 0.5 ms to match an id of 1,024 bytes."""
+    """Return a function that matches an id as fnmatch.fnmatchcase does. It does not backtrack from one '*' to
+    another: 10 ms to compile, and 0.5 ms to match an id of 1,024 bytes. HTTPBadRequest: it is too long."""
     if pattern is not None and len(pattern) > MAX_PATTERN:
         raise HTTPBadRequest(description=f"'match' has more than {MAX_PATTERN} characters. Shorten it.")
     return None if pattern is None else re.compile(fnmatch.translate(pattern)).match
 
 
 def evaluate_conditions(req: Req, current: Content | None) -> int | None:
-    """Return 304 if the client's copy is current, None if the request is to be performed. Raise
-    PreconditionFailed. current: None if there is no artefact."""
+    """Return 304 if the client's copy is current, None to perform the request. PreconditionFailed."""
     if req.env.keys().isdisjoint(CONDITIONS):
         return None
     etag = modified = None
@@ -3404,9 +3367,8 @@ def is_form(req: Req) -> bool:
 
 
 def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Read]]:
-    """Iterate over a form's files: name without folders (not all browsers omit them), media type, reader.
-
-    Raise HTTPBadRequest if the form is malformed, also from the reader."""
+    """Yield a form's files: name without folders (not all browsers omit them), media type, reader.
+    HTTPBadRequest, also from the reader: the form is malformed."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
     handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
@@ -3569,10 +3531,9 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
                fsync: bool = True, config: str | os.PathLike[str] | None = None) -> falcon.App[Any, Any]:
     """Return the repository in `data`, which is created if it is missing, as a WSGI application.
 
-    keep_versions: the number of versions kept before the current one (ALL: every version). max_size: bytes
-    of one artefact. fsync: False gives up durability in a power cut. config: a TOML file of tokens and
-    of rules for directories; without it, everyone may do everything. Raise OSError if `data` or `config`
-    cannot be used, ValueError for a mistake in `config`."""
+    keep_versions: how many are kept before the current one (ALL: every one). max_size: bytes of one artefact.
+    fsync: False gives up durability in a power cut. config: a TOML file of tokens and rules; without it,
+    everyone may do everything. OSError: `data` or `config` cannot be used. ValueError: a mistake in it."""
     settings = Settings(read_config(config) if config is not None else Config(), keep_versions, max_size)
     return application(make_repository(data, settings, fsync), settings)
 
