@@ -3195,7 +3195,7 @@ class ArtefactResource(Resource):
                 self._respond(req, resp, content, caching)
 
     def _show_folder(self, req: Req, resp: Resp, directory: str, id: str) -> None:
-        """List a folder, or show its index.html if it has pages. Links are relative to the URL with a slash."""
+        """List a folder, or show its index.html with `pages`. Links are relative to the URL with a slash."""
         if not req.env["PATH_INFO"].endswith("/"):
             query = f"?{req.query_string}" if req.query_string else ""
             raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
