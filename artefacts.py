@@ -1848,10 +1848,9 @@ def failed_precondition(method: str, environ: WSGIEnvironment, etag: str | None,
 
 def byte_range(field: str, if_range: str | None, size: int, etag: str,
                modified: int | None) -> tuple[int, int] | None:
-    """Return (first byte, length) of the one range that a Range field asks for. HTTPRangeNotSatisfiable.
-
-    None: the whole, for several ranges, another unit, a malformed field (RFC 9110 §14.2), an empty artefact,
-    or another representation in If-Range (§13.1.5). modified (seconds): None if it is no strong validator."""
+    """Return (first byte, length) of the range that a field asks for; None, the whole, for several ranges,
+    another unit, a malformed field (RFC 9110 §14.2), an empty artefact, or another representation in If-Range
+    (§13.1.5). modified (seconds): None if it is no strong validator. HTTPRangeNotSatisfiable."""
     match = BYTE_RANGE.fullmatch(field)
     if match is None or not size:
         return None
@@ -1880,8 +1879,7 @@ def announced_sha256(environ: WSGIEnvironment) -> str | None:
     if "HTTP_X_CHECKSUM_SHA256" in environ:
         found.add(environ["HTTP_X_CHECKSUM_SHA256"].strip().lower())
     if len(found) > 1 or not all(map(SHA256.fullmatch, found)):
-        hint = "Send one SHA-256: 'Repr-Digest: sha-256=:<base64>:' or 'X-Checksum-Sha256: <hex>'."
-        raise HTTPBadRequest(description=f"The digest fields are malformed or contradict each other. {hint}")
+        raise HTTPBadRequest(description="Send one SHA-256, as in 'Repr-Digest: sha-256=:<base64>:'.")
     return found.pop() if found else None
 
 
@@ -1910,11 +1908,11 @@ def preferred_format(wanted: str | None, accept: str) -> str:
     if wanted is not None:
         raise HTTPBadRequest(description=f"'{wanted}' is not a format. Choose one of {', '.join(FORMATS)}.")
     accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
-    best = ""
-    if len(accept) <= MAX_FIELD:
-        with contextlib.suppress(ValueError, falcon.HTTPError):
-            best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
-    return {"text/html": "html", "text/plain": "sha256sums"}.get(best, "json")
+    formats = {"application/json": "json", "text/html": "html", "text/plain": "sha256sums"}
+    with contextlib.suppress(ValueError, falcon.HTTPError):
+        best = falcon.mediatypes.best_match(formats, accept if len(accept) <= MAX_FIELD else "*/*")
+        return formats.get(best, "json")
+    return "json"
 
 
 def instant(text: str) -> int:
@@ -2020,8 +2018,7 @@ def number_of_versions(value: object) -> int:
 
 
 def only(description: str, kind: type, pattern: str = "(?s:.*)") -> Callable[[object], Any]:
-    """Return a converter that lets values of a type pass that match a pattern. Its ValueError does not show
-    others: a value may be a token."""
+    """Return a converter that passes on what has the type and matches. Its error does not show a token."""
 
     def convert(value: object) -> Any:
         if type(value) is not kind or not re.fullmatch(pattern, str(value)):
@@ -2080,16 +2077,14 @@ class Config:
         if authorization is None or not self.token:  # a proxy may use it for users of its own
             return self.anonymous
         scheme, _, secret = authorization.strip().partition(" ")
-        try:
+        with contextlib.suppress(ValueError):
             if scheme.lower() == "basic":
                 secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
-            elif scheme.lower() != "bearer":
-                return self.anonymous
-        except ValueError:
-            return self.anonymous
-        digest = hashlib.sha256(secret.strip().encode()).hexdigest()
-        known = (token for token in self.token if hmac.compare_digest(token.sha256, digest))
-        return next(known, self.anonymous)
+            digest = hashlib.sha256(secret.strip().encode()).hexdigest()
+            for token in self.token if scheme.lower() in ("basic", "bearer") else ():
+                if hmac.compare_digest(token.sha256, digest):
+                    return token
+        return self.anonymous
 
 
 @dataclass(slots=True)
@@ -2881,8 +2876,6 @@ MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epo
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
 LONG, SOON = 4 * 1024 * 1024, 0.25  # bytes of a listing, and seconds of CPU for it, that make it a stream
 
-Read = Callable[[int], bytes]  # returns at most so many bytes, and none at the end
-
 # Keys of the environ in a header check (the table in "Connections"). HEADERS_ONLY: whether the body has been
 # received; ON_WORKER: whether a worker thread checks, which may wait for the disk.
 HEADERS_ONLY, ON_WORKER = "artefacts.headers_only", "artefacts.on_worker"
@@ -2916,10 +2909,11 @@ class Resource:
         # sccache asks so before it writes. It takes 404 for "does not exist yet", and gives up at 405.
         raise NotFound("This is not a WebDAV collection. PUT works without one.")
 
-    def check_erasable(self, directory: str) -> None:
-        """Raise HTTPForbidden if nothing in the directory may be deleted."""
+    def expect_deletion(self, req: Req, directory: str) -> None:
+        """Raise HTTPForbidden if nothing in the directory may be deleted. Else end a header check."""
         if self.settings.rule(directory, "write_once"):
             raise HTTPForbidden(description=f"'{directory}' is write-once. Push under another name.")
+        require_body(req)
 
     def page_view(self, req: Req, directory: str = "", **more: Any) -> PageView:
         """Return what a page of the directory, or of all directories, shows to this visitor."""
@@ -2953,7 +2947,6 @@ class Resource:
     def receive(self, req: Req, directory: str, admit: Callable[[int], object], *, sha256: str | None = None,
                 at_once: bool = False) -> Iterator[Upload]:
         """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
-
         What the header shows to be refused is refused first; `admit` gets the announced length. at_once: stay
         on the event loop if neither the body nor fsync delays a push. TooLarge, Mismatch."""
         length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
@@ -3042,16 +3035,16 @@ class Resource:
         resp.set_header("Vary", "Accept")
         if following is not None:
             resp.set_header("Link", f'<{following}>; rel="next"')
-        if format in ARCHIVES:
+        if format in ("tar", "zip"):
             for _ in rows:  # if anything is unreadable, fail before the first byte
                 pass
             if unreadable:
                 detail = f"These cannot be read: {', '.join(unreadable[:10])}. Fetch the others without them."
                 raise falcon.HTTPInternalServerError(description=detail)
             rows, _ = self._select(req, directory, folder, unreadable)
-            name = folder[:-1].rpartition("/")[2] or directory
-            resp.set_header("Content-Disposition", content_disposition(f"{name}.{format}"))
-            resp.content_type, archive = ARCHIVES[format]
+            name = f"{folder[:-1].rpartition('/')[2] or directory}.{format}"
+            resp.set_header("Content-Disposition", content_disposition(name))
+            resp.content_type, archive = type_of(name), tar_archive if format == "tar" else zip_archive
             resp.stream = archive(self.repository, rows, folder)
         elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
@@ -3164,8 +3157,7 @@ class Directory(Resource):
     on_get, on_post = Resource.list_artefacts, Resource.push_form
 
     def on_delete(self, req: Req, resp: Resp, directory: str) -> None:
-        self.check_erasable(directory)
-        require_body(req)
+        self.expect_deletion(req, directory)
         self.repository.delete_directory(directory)
         resp.status = falcon.HTTP_204
 
@@ -3267,8 +3259,7 @@ class ArtefactResource(Resource):
             self.on_put(req, resp, directory, id)
 
     def on_delete(self, req: Req, resp: Resp, directory: str, id: str) -> None:
-        self.check_erasable(directory)
-        require_body(req)
+        self.expect_deletion(req, directory)
         check = self.write_check(req, directory)
         if req.has_param("versions"):
             self.repository.erase_all(directory, id, check=check)
@@ -3366,9 +3357,9 @@ def is_form(req: Req) -> bool:
     return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
 
 
-def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Read]]:
-    """Yield a form's files: name without folders (not all browsers omit them), media type, reader.
-    HTTPBadRequest, also from the reader: the form is malformed."""
+def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Callable[[int], bytes]]]:
+    """Yield a form's files: name without folders (not all browsers omit them), media type, and a reader of at
+    most so many bytes. HTTPBadRequest, also from the reader: the form is malformed."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
     handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
@@ -3503,11 +3494,7 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
     yield b"".join(sink.written)
 
 
-ARCHIVES = {"tar": ("application/x-tar", tar_archive), "zip": ("application/zip", zip_archive)}
-
-
-def send_content(req: Req, resp: Resp, content: Content, start: int,
-                 length: int) -> None:
+def send_content(req: Req, resp: Resp, content: Content, start: int, length: int) -> None:
     """Send bytes of an artefact: few from memory, many as a stream of the file, which the server closes."""
     if content.artefact.size <= SMALL:
         resp.data = content.whole()[start : start + length]
@@ -3516,9 +3503,8 @@ def send_content(req: Req, resp: Resp, content: Content, start: int,
     else:
         resp.content_length = length
         if "waitress.client_disconnected" in req.env:  # waitress, or our own connection
-            file = content.detach()
+            resp.stream = file = content.detach()
             file.seek(start)
-            resp.stream = file
         else:  # some other servers ignore a file's position or Content-Length
             kept, end = Descriptor(content.file.release()), start + length
             resp.stream = (os.pread(kept.fd, min(PIECE, end - at), at) for at in range(start, end, PIECE))
@@ -3541,9 +3527,8 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
 def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool, *,
                     sweep: bool = True) -> Repository:
     """Return a repository that keeps what the settings say. sweep: remove what crashes left."""
-    keep_versions = functools.partial(settings.rule, key="keep_versions")
-    keep_days = functools.partial(settings.rule, key="keep_days")
-    return Repository(data, keep_versions=keep_versions, keep_days=keep_days, fsync=fsync, sweep=sweep)
+    rules: Any = {key: functools.partial(settings.rule, key=key) for key in ("keep_versions", "keep_days")}
+    return Repository(data, **rules, fsync=fsync, sweep=sweep)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
