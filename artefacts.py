@@ -95,6 +95,8 @@ import waitress.server
 import waitress.task
 import waitress.wasyncore
 from falcon import HTTPBadRequest, HTTPForbidden, HTTPUnauthorized, HTTPUnsupportedMediaType
+from falcon import Request as Req
+from falcon import Response as Resp
 from falcon.util import BufferedReader
 
 if TYPE_CHECKING:
@@ -1779,19 +1781,19 @@ SETTLED = 60  # seconds without a change after which a date is a strong validato
 CACHED_ROWS = 16_384  # rows of JSON listings
 MAX_TAGS = 16_000  # characters of If-Match and If-None-Match, some 200 digests: 1 ms for each 5,000
 MAX_FIELD = 1000  # characters of Accept and of a form's Content-Type: Falcon's parser takes quadratic time
-SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")  # of every response: other sites cannot use it
-NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", SAME_ORIGIN[0])
+CORP, SAME_ORIGIN = "Cross-Origin-Resource-Policy", "same-origin"  # other sites cannot use any response
+NOT_MODIFIED_FIELDS = ("ETag", "Last-Modified", "Cache-Control", "Artefact-Version", CORP)
 PAGES_POLICY = "sandbox allow-scripts allow-popups allow-forms allow-modals allow-downloads"
 POLICY = (  # an artefact shows its styles, images and media in a browser, and runs no script (CSP 3)
     "sandbox allow-same-origin; default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self'; font-src 'self'"
 )
+json_string = json.encoder.encode_basestring_ascii
 
 
-@functools.lru_cache(1024)
 def http_date(seconds: int) -> str:
     """Return a time, in seconds since the epoch, as an IMF-fixdate (RFC 9110 §5.6.7)."""
-    return falcon.dt_to_http(EPOCH + datetime.timedelta(seconds=seconds))
+    return format_second("%a, %d %b %Y %H:%M:%S GMT", seconds)
 
 
 def http_seconds(field: str | None) -> int | None:
@@ -1803,9 +1805,8 @@ def http_seconds(field: str | None) -> int | None:
 
 
 def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
-    """Return whether If-Match or If-None-Match lists an entity tag (RFC 9110 §8.8.3.2), None if malformed.
-
-    etag: None if there is no representation. A list that is too long counts as malformed."""
+    """Return whether a field lists the entity tag (RFC 9110 §8.8.3.2), None if it is malformed or too long.
+    etag: None if there is no representation."""
     if field == etag:  # the usual revalidation
         return True
     if field.strip(" \t") == "*":
@@ -1818,29 +1819,28 @@ def tag_matches(field: str, etag: str | None, *, strong: bool) -> bool | None:
     return not {wanted, f"{wanted}-gzip"}.isdisjoint(tag for _, tag in tags)  # Apache appends -gzip
 
 
-def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | None,
+def failed_precondition(method: str, environ: WSGIEnvironment, etag: str | None,
                         modified: int | None) -> int | None:
     """Return 304 or 412 if a condition fails, None if the method is to be performed (RFC 9110 §13.2.2).
 
-    conditions: the fields by their WSGI names; etag and modified (seconds): the validators of the current
-    representation, None if it has none. Raise HTTPBadRequest for a malformed If-None-Match on a write:
-    to ignore it would replace what the client wants to protect."""
+    etag and modified (seconds): the validators of the current representation, None if it has none.
+    HTTPBadRequest: a write has a malformed If-None-Match; ignored, it would not protect what it should."""
     reading = method in ("GET", "HEAD")
-    if "HTTP_IF_MATCH" in conditions:
-        if not tag_matches(conditions["HTTP_IF_MATCH"], etag, strong=True):
+    if "HTTP_IF_MATCH" in environ:
+        if not tag_matches(environ["HTTP_IF_MATCH"], etag, strong=True):
             return 412
     elif modified is not None:
-        since = http_seconds(conditions.get("HTTP_IF_UNMODIFIED_SINCE"))
+        since = http_seconds(environ.get("HTTP_IF_UNMODIFIED_SINCE"))
         if since is not None and modified > since:
             return 412
-    if "HTTP_IF_NONE_MATCH" in conditions:
-        matches = tag_matches(conditions["HTTP_IF_NONE_MATCH"], etag, strong=False)
+    if "HTTP_IF_NONE_MATCH" in environ:
+        matches = tag_matches(environ["HTTP_IF_NONE_MATCH"], etag, strong=False)
         if matches is None and not reading:
             raise HTTPBadRequest(description='An entity tag must be quoted: "<sha256>". Correct it.')
         if matches:
             return 304 if reading else 412
     elif reading and modified is not None:
-        since = http_seconds(conditions.get("HTTP_IF_MODIFIED_SINCE"))
+        since = http_seconds(environ.get("HTTP_IF_MODIFIED_SINCE"))
         if since is not None and modified <= since:
             return 304
     return None
@@ -1848,11 +1848,9 @@ def failed_precondition(method: str, conditions: Mapping[str, str], etag: str | 
 
 def byte_range(field: str, if_range: str | None, size: int, etag: str,
                modified: int | None) -> tuple[int, int] | None:
-    """Return (first byte, length) of the one range that a Range field asks for, None for the whole.
-
-    The whole is sent for several ranges, another unit or a malformed field (RFC 9110 §14.2), of an empty
-    artefact, and if If-Range names another representation (§13.1.5). modified (seconds): None if it is no
-    strong validator. Raise HTTPRangeNotSatisfiable (§15.5.17)."""
+    """Return (first byte, length) of the range that a field asks for; None, the whole, for several ranges,
+    another unit, a malformed field (RFC 9110 §14.2), an empty artefact, or another representation in If-Range
+    (§13.1.5). modified (seconds): None if it is no strong validator. HTTPRangeNotSatisfiable."""
     match = BYTE_RANGE.fullmatch(field)
     if match is None or not size:
         return None
@@ -1860,43 +1858,33 @@ def byte_range(field: str, if_range: str | None, size: int, etag: str,
         if modified is None or http_seconds(if_range) != modified:
             return None
     # `int` refuses numbers of thousands of digits. 19 digits exceed the size of every file.
-    first, last = (int(digits.lstrip("0")[:19] or "0") if digits else None for digits in match.groups())
-    if first is None:  # the last bytes
-        first, last = max(0, size - (last or 0)), size - 1
-    elif last is not None and last < first:
+    first, last = (int(digits.lstrip("0")[:19] or "0") if digits else size for digits in match.groups())
+    if not match[1]:  # the last bytes
+        first, last = max(0, size - last), size
+    elif match[2] and last < first:
         return None
     if first >= size:
-        hint = f"The artefact has {size} bytes. Ask for some of these, or for the whole."
-        raise falcon.HTTPRangeNotSatisfiable(size, description=hint)
-    return first, min(size - 1 if last is None else last, size - 1) - first + 1
+        raise falcon.HTTPRangeNotSatisfiable(size, description=f"Ask for some of the {size} bytes it has.")
+    return first, min(last, size - 1) - first + 1
 
 
 def announced_sha256(environ: WSGIEnvironment) -> str | None:
-    """Return the SHA-256, in hex, that the client announces for its content, or None.
-
-    It comes from Repr-Digest, Content-Digest (RFC 9530), Digest (RFC 3230) or X-Checksum-Sha256. Other
-    algorithms are ignored (RFC 9530 §2). Raise HTTPBadRequest if a digest is malformed or two differ."""
+    """Return the SHA-256, in hex, that a field of RFC 9530, Digest (RFC 3230) or X-Checksum-Sha256 announces,
+    or None: other algorithms are ignored. HTTPBadRequest: one is malformed, or two differ."""
     found = set()
-    for field in ("HTTP_REPR_DIGEST", "HTTP_CONTENT_DIGEST", "HTTP_DIGEST"):
-        for value in SHA256_MEMBER.findall(environ.get(field, "")):
-            value = value.strip(" \t")
-            if field != "HTTP_DIGEST":  # a byte sequence stands between colons (RFC 8941 §3.3.5)
-                value = value[1:-1] if value[:1] == value[-1:] == ":" else "malformed"
-            with contextlib.suppress(ValueError):
-                value = base64.b64decode(value, validate=True).hex()
-            found.add(value)
+    for field, colon in (("HTTP_REPR_DIGEST", ":"), ("HTTP_CONTENT_DIGEST", ":"), ("HTTP_DIGEST", "")):
+        for value in SHA256_MEMBER.findall(environ.get(field, "")):  # colons: RFC 8941 §3.3.5
+            match = re.fullmatch(f"{colon}([A-Za-z0-9+/]{{43}}=){colon}", value.strip(" \t"))
+            found.add(base64.b64decode(match[1]).hex() if match else "malformed")
     if "HTTP_X_CHECKSUM_SHA256" in environ:
         found.add(environ["HTTP_X_CHECKSUM_SHA256"].strip().lower())
     if len(found) > 1 or not all(map(SHA256.fullmatch, found)):
-        hint = "Send one SHA-256: 'Repr-Digest: sha-256=:<base64>:' or 'X-Checksum-Sha256: <hex>'."
-        raise HTTPBadRequest(description=f"The digest fields are malformed or contradict each other. {hint}")
+        raise HTTPBadRequest(description="Send one SHA-256, as in 'Repr-Digest: sha-256=:<base64>:'.")
     return found.pop() if found else None
 
 
 def body_length(environ: WSGIEnvironment) -> int | None:
-    """Return the announced length of the body in bytes, None if it is chunked.
-
-    Raise HTTPBadRequest or HTTPUnsupportedMediaType for a body that must not be stored."""
+    """Return the announced length of the body in bytes, None: chunked. HTTPError: it must not be stored."""
     if "HTTP_CONTENT_RANGE" in environ:  # RFC 9110 §14.5
         raise HTTPBadRequest(description="A part cannot be stored. Send the whole, without Content-Range.")
     if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
@@ -1914,19 +1902,17 @@ def body_length(environ: WSGIEnvironment) -> int | None:
 
 
 def preferred_format(wanted: str | None, accept: str) -> str:
-    """Return one of FORMATS: `wanted`, else what Accept prefers (RFC 9110 §12.5.1), else "json".
-
-    Raise HTTPBadRequest if `wanted` is not a format."""
-    if wanted is None:
-        accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
-        with contextlib.suppress(ValueError, falcon.HTTPError):
-            accept = accept if len(accept) <= MAX_FIELD else "*/*"
-            best = falcon.mediatypes.best_match(("application/json", "text/html", "text/plain"), accept)
-            return {"text/html": "html", "text/plain": "sha256sums"}.get(best, "json")
-        return "json"
-    if wanted not in FORMATS:
+    """Return the one of FORMATS that is wanted, or what Accept prefers (RFC 9110 §12.5.1). HTTPBadRequest."""
+    if wanted in FORMATS:
+        return wanted
+    if wanted is not None:
         raise HTTPBadRequest(description=f"'{wanted}' is not a format. Choose one of {', '.join(FORMATS)}.")
-    return wanted
+    accept = ",".join(filter(str.strip, accept.lower().split(",")))  # RFC 9110 §5.6.1.2, §8.3.1
+    formats = {"application/json": "json", "text/html": "html", "text/plain": "sha256sums"}
+    with contextlib.suppress(ValueError, falcon.HTTPError):
+        best = falcon.mediatypes.best_match(formats, accept if len(accept) <= MAX_FIELD else "*/*")
+        return formats.get(best, "json")
+    return "json"
 
 
 def instant(text: str) -> int:
@@ -1959,21 +1945,21 @@ def quoted(path: str) -> str:
 
 
 def last_modified(artefact: Artefact) -> int | None:
-    """Return when an artefact was stored, in seconds since the epoch. None if that is in the future, because
-    it would never match (RFC 9110 §8.8.2.1)."""
+    """Return the seconds since the epoch, None if in the future: it would never match (RFC 9110 §8.8.2.1)."""
     seconds = artefact.time // 1_000_000
     return seconds if seconds <= time.time() else None
 
 
 @functools.lru_cache(1024)
-def representation_fields(artefact: Artefact, modified: int | None, base: str,
-                          caching: str) -> tuple[tuple[str, str], ...]:
-    """Return the response fields of an artefact whose digest is known. modified: `last_modified`."""
+def representation_fields(artefact: Artefact, modified: int | None, base: str, caching: str,
+                          policy: str) -> list[tuple[str, str]]:
+    """Return the fields of an artefact whose digest is known, besides those of every response. modified:
+    `last_modified`. policy: POLICY, or that of a page, which may have no origin, but must load its parts."""
     digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
-    return (
+    fields = [
         ("Content-Type", f"{artefact.type}; charset=utf-8" if artefact.is_utf8 else artefact.type),
         ("ETag", f'"{artefact.sha256}"'),
-        *([] if modified is None else [("Last-Modified", http_date(modified))]),
+        ("Last-Modified", "" if modified is None else http_date(modified)),
         ("Cache-Control", caching),
         ("Accept-Ranges", "bytes"),
         ("Repr-Digest", f"sha-256=:{digest}:"),
@@ -1981,62 +1967,61 @@ def representation_fields(artefact: Artefact, modified: int | None, base: str,
         ("Link", f'<{href(base, artefact.directory, artefact.id)}?versions>; rel="version-history"'),
         ("Artefact-Version", artefact.version),
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Content-Security-Policy", POLICY),
-        SAME_ORIGIN,
-    )
+        ("Content-Security-Policy", policy),
+        (CORP, "" if policy == POLICY else "cross-origin"),
+    ]
+    return [(name, value) for name, value in fields if value]
 
 
-def artefact_json(artefact: Artefact, base: str, version: str = "", more: str = "") -> str:
-    """Return an artefact as a JSON object, in 0.6 of the time of `json.dumps`. `more`: further members."""
+def artefact_json(artefact: Artefact, base: str, of_version: bool = False) -> str:
+    """Return an artefact as a JSON object, in 0.6 of the time of `json.dumps`. of_version: so is its href."""
     return (
         f'{{"directory": {json_string(artefact.directory)}, "id": {json_string(artefact.id)}, '
-        f'"href": "{href(base, artefact.directory, artefact.id, version)}", '
+        f'"href": "{href(base, artefact.directory, artefact.id, artefact.version if of_version else "")}", '
         f'"version": "{artefact.version}", "size": {artefact.size}, "type": {json_string(artefact.type)}, '
         f'"sha256": {json_string(artefact.sha256) if artefact.sha256 else "null"}, '
-        f'"modified": "{artefact.modified}"{more}}}'
+        f'"modified": "{artefact.modified}"}}'
     )
 
 
-# A listing has thousands of rows, and the next listing mostly has the same rows again.
+# Not of pushes: the cache would be full of them, and pushes of 1 KiB would have 0.97 of their speed.
 row_json = functools.lru_cache(CACHED_ROWS)(artefact_json)
-json_string = json.encoder.encode_basestring_ascii
 
 
-def is_navigation(req: falcon.Request) -> bool:
+def is_navigation(environ: WSGIEnvironment) -> bool:
     """Return whether a person's browser opens the page: no script of a page, and no other program."""
-    return "1" in req.get_header("Upgrade-Insecure-Requests", default="") or (
-        req.get_header("Sec-Fetch-Mode") == "navigate")
+    return "1" in environ.get("HTTP_UPGRADE_INSECURE_REQUESTS", "") or (
+        environ.get("HTTP_SEC_FETCH_MODE") == "navigate")
 
 
 # == Access: who may do what, and which rules hold for a directory ================================
 
 HEALTH = "/healthz"
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[\w.~!$&'()*+;=%-]{0,255})(?::[0-9]{0,5})?", re.A)
+match_host = functools.lru_cache(256)(HOST.fullmatch)
 ORIGIN = re.compile(f"https?://({HOST.pattern})", re.A)  # groups: authority, host
 CHALLENGES = ('Basic realm="artefacts", charset="UTF-8"', 'Bearer realm="artefacts"')
 READING = ("GET", "HEAD", "OPTIONS", "PROPFIND")
+BYTES = re.compile(r"\s*0*([1-9][0-9]{0,14})\s*(?:([KMGT])(i?))?B?\s*", re.I)
 
 
 def number_of_bytes(value: object) -> int:
     """Return the number of bytes that 1048576, "500MB" or "2GiB" states. Raise ValueError."""
-    match = re.fullmatch(r"([0-9]{1,15})\s*([KMGT]?)(i?)B?", str(value).strip(), re.I)
-    if match is None or isinstance(value, bool) or not int(match[1]) or (match[3] and not match[2]):
+    match = BYTES.fullmatch(str(value))
+    if match is None:
         raise ValueError(f"{value!r} is not a number of bytes, such as 1048576, 500MB or 2GiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(match[1]) * int((1024 if match[3] else 1000) ** power)
+    return int(match[1]) * int((1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper()))
 
 
 def number_of_versions(value: object) -> int:
     """Return the number of versions that 10 or "all" states. Raise ValueError."""
-    if value != "all" and (isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value))):
+    if not re.fullmatch("all|[0-9]{1,9}", str(value)):
         raise ValueError(f"{value!r} is neither a number of versions nor 'all'")
     return ALL if value == "all" else int(str(value))
 
 
 def only(description: str, kind: type, pattern: str = "(?s:.*)") -> Callable[[object], Any]:
-    """Return a converter that returns values of a type that match a pattern. Its ValueError for others does
-    not show them, because a value may be a token."""
+    """Return a converter that passes on what has the type and matches. Its error does not show a token."""
 
     def convert(value: object) -> Any:
         if type(value) is not kind or not re.fullmatch(pattern, str(value)):
@@ -2054,9 +2039,9 @@ BOOLEAN, NAME = only("true or false", bool), only("a name", str, ".+")
 DIGEST = only("the SHA-256 of a token, in hex", str, f"(?!{hashlib.sha256().hexdigest()}){SHA256.pattern}")
 DAYS = only("a number of days from 1", int, "[1-9][0-9]{0,5}")
 PATTERN = only("a pattern that can match a directory", str, rf"(?!lost\+found\Z){SEGMENT.pattern}")
-KEYS: dict[str, dict[str, Callable[[Any], Any]]] = {  # of the tables of the configuration file
-    "anonymous": {"read": patterns, "write": patterns},
-    "token": {"name": NAME, "sha256": DIGEST, "read": patterns, "write": patterns},
+RIGHTS: dict[str, Callable[[Any], Any]] = {"read": patterns, "write": patterns}
+KEYS = {  # of the tables of the configuration file
+    "anonymous": RIGHTS, "token": {"name": NAME, "sha256": DIGEST, **RIGHTS},
     "directory": {"name": PATTERN, "write_once": BOOLEAN, "keep_versions": number_of_versions,
                   "keep_days": DAYS, "max_size": number_of_bytes, "pages": BOOLEAN},
 }  # fmt: skip
@@ -2091,28 +2076,23 @@ class Config:
     directory: Sequence[Mapping[str, Any]] = ()  # the rules, with those of the KEYS that each states
 
     def identify(self, authorization: str | None) -> Client:
-        """Return the token that Authorization has as Bearer, or as the password of Basic; else `anonymous`.
-
-        Without configured tokens the field is ignored: a proxy may use it for users of its own."""
-        if authorization is None or not self.token:
+        """Return the token that Authorization has as Bearer, or as the password of Basic; or `anonymous`."""
+        if authorization is None or not self.token:  # a proxy may use it for users of its own
             return self.anonymous
         scheme, _, secret = authorization.strip().partition(" ")
-        if scheme.lower() == "basic":
-            try:
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
                 secret = base64.b64decode(secret.strip(), validate=True).decode().partition(":")[2]
-            except ValueError:
-                return self.anonymous
-        elif scheme.lower() != "bearer":
-            return self.anonymous
-        digest = hashlib.sha256(secret.strip().encode()).hexdigest()
-        known = [token for token in self.token if hmac.compare_digest(token.sha256, digest)]
-        return known[0] if known else self.anonymous
+            digest = hashlib.sha256(secret.strip().encode()).hexdigest()
+            for token in self.token if scheme.lower() in ("basic", "bearer") else ():
+                if hmac.compare_digest(token.sha256, digest):
+                    return token
+        return self.anonymous
 
 
 @dataclass(slots=True)
 class Settings:
-    """The one object with all settings. Each part asks it at every use and copies nothing, so that `config`
-    can be replaced while the program runs."""
+    """All settings. Each part asks them at every use: `config` is replaced while the program runs."""
 
     config: Config = Config()
     keep_versions: int = 0
@@ -2121,16 +2101,16 @@ class Settings:
     loopback: bool = False  # whether it listens on loopback addresses only
     pages_host: str = ""  # the second name, in lower case, under which pages have an origin of their own
     keep_days: int | None = None  # after a push, until `Repository.expire`
+    write_once = pages = None  # only rules state them
 
     def rule(self, directory: str, key: str) -> Any:
-        """Return the value of the first rule that matches the directory and states the key. If there is none,
-        return the setting of that name, or None."""
+        """Return what the first rule says that matches the directory and states the key; else the setting."""
         for rule in self.config.directory:
             if key in rule and fnmatch.fnmatchcase(directory, rule["name"]):
                 return rule[key]
-        return getattr(self, key, None)
+        return getattr(self, key)
 
-    def is_pages_host(self, req: falcon.Request) -> bool:
+    def is_pages_host(self, req: Req) -> bool:
         """Return whether a request came under the name that is for pages only."""
         return self.pages_host != "" and req.host.lower() == self.pages_host
 
@@ -2139,28 +2119,24 @@ class Settings:
         return f"private, {directives}" if self.config.token else directives
 
 
-def read_table(kind: str, number: int, table: object) -> dict[str, Any]:
-    """Return the values of a table of the configuration file. Raise ValueError that names the key."""
-    values, keys = {}, KEYS[kind]
+def read_table(place: str, table: object, keys: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Return the values of a table of the configuration file. ValueError names the place and the key."""
+    values = {}
     if not isinstance(table, dict):
-        raise ValueError(f"{kind}: number {number}: this is not a table")
-    if missing := [key for key in ("name", "sha256") if key in keys and key not in table]:
-        raise ValueError(f"{kind}: number {number}: the key '{missing[0]}' is missing")
-    for key, value in table.items():
+        raise ValueError(f"{place}: this is not a table")
+    for key in [*table, *sorted(keys.keys() & {"name", "sha256"})]:
         try:
             if key not in keys:
                 raise ValueError(f"the key is unknown; known keys are {', '.join(keys)}")
-            values[key] = keys[key](value)
+            values[key] = keys[key](table.get(key))
         except ValueError as error:
-            raise ValueError(f"{kind}: number {number}: {key!r}: {error}") from None
+            raise ValueError(f"{place}: {key!r}: {error}") from None
     return values
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
-    """Read a configuration file (TOML). A token also gets the rights of clients without a token.
-
-    Raise OSError if the file cannot be read, ValueError that names the place of a mistake. Nothing in the
-    file is ignored."""
+    """Read a configuration file (TOML), and ignore nothing in it. A token also gets the rights of clients
+    without a token. OSError: the file cannot be read. ValueError names the place of a mistake."""
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KEYS}
     with open(path, "rb") as file:
         try:
@@ -2169,8 +2145,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
                     raise ValueError(f"{kind!r} is unknown; known are [anonymous], [[token]], [[directory]]")
                 if kind != "anonymous" and not isinstance(tables, list):
                     raise ValueError(f"{kind}: write its name in double brackets, [[{kind}]]")
-                listed = [tables] if kind == "anonymous" else tables
-                found[kind] = [read_table(kind, number, table) for number, table in enumerate(listed, 1)]
+                for number, table in enumerate([tables] if kind == "anonymous" else tables, 1):
+                    found[kind].append(read_table(f"{kind}: number {number}", table, KEYS[kind]))
             for key in ("name", "sha256"):
                 if len({token[key] for token in found["token"]}) < len(found["token"]):
                     raise ValueError(f"two tokens have the same {key}")
@@ -2179,10 +2155,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     anonymous = Client() if found["token"] else EVERYONE  # if the file does not state it
     if found["anonymous"]:
         anonymous = Client(**found["anonymous"][0])
-    for table in found["token"]:
-        table["read"] = [*table.get("read", ()), *anonymous.read]
-        table["write"] = [*table.get("write", ()), *anonymous.write]
-    return Config(anonymous, [Client(**table) for table in found["token"]], found["directory"])
+    for token, right in itertools.product(found["token"], RIGHTS):
+        token[right] = [*token.get(right, ()), *getattr(anonymous, right)]
+    return Config(anonymous, [Client(**token) for token in found["token"]], found["directory"])
 
 
 class Gate:
@@ -2191,10 +2166,9 @@ class Gate:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def process_resource(self, req: falcon.Request, resp: falcon.Response, resource: object,
-                         params: dict[str, Any]) -> None:
-        """Identify the client, and raise HTTPUnauthorized or HTTPForbidden for what it may not do."""
-        reading = req.method in READING
+    def process_resource(self, req: Req, resp: Resp, resource: object, params: dict[str, Any]) -> None:
+        """Identify the client, and set the fields of every response. HTTPError: it may not do this."""
+        config, directory, reading = self.settings.config, params.get("directory"), req.method in READING
         self.check_host(req.env)
         if not reading:
             self.check_origin(req.env)
@@ -2204,12 +2178,9 @@ class Gate:
             is_read = req.method in ("GET", "HEAD") and "directory" in params
             if not is_read or not self.settings.rule(params["directory"], "pages"):
                 raise HTTPForbidden(description="This name is for pages only. Use the server's first name.")
-        if "id" not in params or req.method not in ("GET", "HEAD") or req.has_param("versions"):
-            # An artefact's representation has fields of its own: `representation_fields`.
-            resp.set_header(*SAME_ORIGIN)
-            resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
-            resp.set_header("X-Content-Type-Options", "nosniff")
-        config, directory = self.settings.config, params.get("directory")
+        resp.set_header(CORP, SAME_ORIGIN)
+        resp.set_header("Cache-Control", self.settings.cache_control("no-cache"))
+        resp.set_header("X-Content-Type-Options", "nosniff")
         if req.path == HEALTH:  # needs no token
             return
         req.env["artefacts.who"] = client = config.identify(req.env.get("HTTP_AUTHORIZATION"))
@@ -2223,13 +2194,14 @@ class Gate:
     def check_host(self, environ: WSGIEnvironment) -> None:
         """Raise HTTPBadRequest for a missing or malformed Host (RFC 9112 §3.2), HTTPForbidden for a name that
         is not ours: another site may have bound it to this address (DNS rebinding)."""
-        host = environ.get("HTTP_HOST")
-        name, settings = host_name(host or ""), self.settings
-        if name is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
+        host, settings = environ.get("HTTP_HOST"), self.settings
+        match = match_host(host or "")
+        if match is None or (host is None and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"):
             raise HTTPBadRequest(description="The Host field is missing or malformed. Correct it.")
+        name = match[1].lower()
         if host is None or is_loopback(name) or not settings.loopback or settings.config.token:
             return
-        if name == "" or (name != settings.pages_host and name not in settings.hosts):
+        if name == "" or name not in (settings.pages_host, *settings.hosts):
             raise HTTPForbidden(description=f"The Host '{name}' is not allowed. --allow-host allows it.")
 
     def check_origin(self, environ: WSGIEnvironment) -> None:
@@ -2245,13 +2217,6 @@ class Gate:
         if not own:
             detail = "Another site's page may not change anything. --allow-host names this server's own."
             raise HTTPForbidden(description=detail)
-
-
-@functools.lru_cache(256)
-def host_name(field: str) -> str | None:
-    """Return the name in a Host field, in lower case and without the port. None if it is malformed."""
-    match = HOST.fullmatch(field)
-    return match and match[1].lower()
 
 
 @functools.lru_cache(256)
@@ -2676,7 +2641,7 @@ class PageView:
     with_digests: bool = False  # links end in #sha256= (only for pip and its like; it breaks other programs)
 
 
-def render_page(resp: falcon.Response, pieces: Iterable[str]) -> None:
+def render_page(resp: Resp, pieces: Iterable[str]) -> None:
     resp.content_type = "text/html; charset=utf-8"
     resp.set_header("Content-Security-Policy", PAGE_POLICY)
     resp.data = "".join(pieces).encode()
@@ -2784,21 +2749,18 @@ STATUSES: dict[type[ArtefactsError], int] = {
     InvalidName: 400, Mismatch: 400, NotFound: 404, Conflict: 409, PreconditionFailed: 412, TooLarge: 413,
     Damaged: 500, Unavailable: 503, CannotStore: 507, OutOfSpace: 507,
 }  # fmt: skip
-FULL = "The disk or its quota is full. Delete something; DELETE with ?versions also erases the versions."
-CLOSED = "The server has no permission for this file. Tell this server's administrator."
-OS_ERRORS = {
-    errno.ENOSPC: (507, FULL), errno.EDQUOT: (507, FULL),
-    errno.EACCES: (500, CLOSED), errno.EPERM: (500, CLOSED),
-    errno.EFBIG: (413, "The file system cannot store a file of this size. Send less."),
-    errno.ELOOP: (409, "A symbolic link is in the way, and links are not followed. Choose another name."),
-    errno.ENOTDIR: (409, "Something that is not a folder is in the way. Choose another name."),
-    errno.EAGAIN: (503, "Another program holds the file. Try again later."),
-    errno.EMFILE: (503, "Too many files are open. Try again later."),
-    errno.ENFILE: (503, "Too many files are open. Try again later."),
-    errno.EROFS: (500, "The data directory is read-only. Tell this server's administrator."),
-    errno.EIO: (500, "The disk cannot be read or written. Tell this server's administrator."),
+OS_ERRORS = {  # by the names of their numbers. The first ones: of vfat, ecryptfs and others
+    "EINVAL EILSEQ ENAMETOOLONG": (400, "The file system cannot store this name. Choose a simpler one."),
+    "ENOSPC EDQUOT": (507, "The disk or its quota is full. Delete something, and its ?versions."),
+    "EACCES EPERM": (500, "The server has no permission for this file. Tell this server's administrator."),
+    "EFBIG": (413, "The file system cannot store a file of this size. Send less."),
+    "ELOOP": (409, "A symbolic link is in the way, and links are not followed. Choose another name."),
+    "ENOTDIR": (409, "Something that is not a folder is in the way. Choose another name."),
+    "EAGAIN": (503, "Another program holds the file. Try again later."),
+    "EMFILE ENFILE": (503, "Too many files are open. Try again later."),
+    "EROFS": (500, "The data directory is read-only. Tell this server's administrator."),
+    "EIO": (500, "The disk cannot be read or written. Tell this server's administrator."),
 }
-NAME_ERRORS = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG}  # of vfat, ecryptfs and others
 DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
     400: "The request is malformed. Correct it.",
     404: "Nothing is served under this path. Artefacts are at /artefacts/<directory>/<id>.",
@@ -2807,115 +2769,106 @@ DETAILS = {  # of errors that Falcon raises itself, and of unexpected ones
 }
 
 
-def status_and_detail(error: Exception) -> tuple[int, str]:
-    """Return the status code and the detail for any error. What an OSError or an unexpected error says is not
-    shown, because it may contain a path."""
+def problem_of(error: Exception, method: str = "") -> dict[str, Any]:
+    """Return the problem document (RFC 9457) of any error. An OSError's own text may contain a path."""
+    code, detail = 500, DETAILS[500]
     if isinstance(error, ArtefactsError):
-        return STATUSES[type(error)], error.detail
-    if isinstance(error, falcon.HTTPError):
-        return error.status_code, error.description or DETAILS.get(error.status_code, error.title)
-    if isinstance(error, OSError) and error.errno in OS_ERRORS:
-        return OS_ERRORS[error.errno]
-    return 500, DETAILS[500]
+        code, detail = STATUSES[type(error)], error.detail
+    elif isinstance(error, falcon.HTTPError):
+        code, detail = error.status_code, error.description or DETAILS.get(error.status_code, error.title)
+    elif isinstance(error, OSError):
+        name = errno.errorcode.get(error.errno or 0)
+        known = (answer for names, answer in OS_ERRORS.items() if name in names.split())
+        code, detail = next(known, (code, detail))
+    if code == 400 and method in READING and not isinstance(error, falcon.HTTPError):
+        code = 404  # an invalid name: clients probe for names such as .zarray
+    problem = {"title": falcon.code_to_http_status(code)[4:], "status": code, "detail": detail}
+    return problem | {"code": getattr(error, "code", "in_the_way")} if code == 409 else problem
 
 
-def error_response(error: Exception) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Return the response to any error: status line, header fields, and a problem document (RFC 9457)."""
-    code, detail = status_and_detail(error)
-    status = falcon.code_to_http_status(code)
-    problem = {"title": status[4:], "status": code, "detail": detail}
-    if code == 409:
-        problem["code"] = getattr(error, "code", "in_the_way")
-    fields = {"retry-after": "10"} if code == 503 else {}
+def error_response(error: Exception, method: str = "") -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return the response to any error: status line, header fields, and the problem document."""
+    problem = problem_of(error, method)
+    fields = {"retry-after": "10"} if problem["status"] == 503 else {}
     if isinstance(error, falcon.HTTPError) and error.headers:
         fields |= {name.lower(): value for name, value in dict(error.headers).items()}
     fields |= {"content-type": "application/problem+json", "cache-control": "no-store",
-               "x-content-type-options": "nosniff", SAME_ORIGIN[0].lower(): SAME_ORIGIN[1]}  # fmt: skip
+               "x-content-type-options": "nosniff", CORP.lower(): SAME_ORIGIN}  # fmt: skip
+    status = f"{problem['status']} {problem['title']}"
     return status, list(fields.items()), json.dumps(problem).encode() + b"\n"
 
 
-def handle_error(req: falcon.Request, resp: falcon.Response, error: Exception, params: object) -> None:
-    """Render any error of a resource, of the gate or of Falcon: a page for a person, else a problem document.
+def render_problem(req: Req, resp: Resp, error: Exception) -> dict[str, Any]:
+    """Render any error as a problem document, and return it. Log it if the server is at fault."""
+    problem = problem_of(error, req.method)
+    if problem["status"] >= 500 or (isinstance(error, OSError) and problem["status"] in (400, 404)):
+        unexpected = problem["detail"] == DETAILS[500]
+        log.error("%s %s: %s", req.method, req.path, error, exc_info=error if unexpected else None)
+    resp.status, fields, resp.data = error_response(error, req.method)
+    resp.set_headers(fields)
+    return problem
 
-    This must not raise an HTTPError: Falcon would keep it in a reference cycle with its traceback, and the
-    connection and what it received would stay in memory until the next garbage collection."""
-    code, detail = render_problem(req, resp, error)
-    if is_navigation(req):
+
+def handle_error(req: Req, resp: Resp, error: Exception, params: object) -> None:
+    """Render any error: a page for a person, else a problem document. It must not raise an HTTPError: Falcon
+    would keep it in a reference cycle with its traceback, and what the connection received in memory."""
+    problem = render_problem(req, resp, error)
+    if is_navigation(req.env):
         base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
         back = f"{base}{up}/" if re.match("/artefacts?(/|$)", up) else f"{base}/artefacts/"
-        view = PageView(base=base, may_sign_in=code == 401)
-        render_page(resp, [error_page(view, falcon.code_to_http_status(code), detail, back)])
-
-
-def render_problem(req: falcon.Request, resp: falcon.Response, error: Exception) -> tuple[int, str]:
-    """Render any error as a problem document. Return its status code and detail. Log it if the server is at
-    fault."""
-    if isinstance(error, OSError) and error.errno in NAME_ERRORS:
-        log.error("%s %s: %s", req.method, req.path, error)
-        error = InvalidName("The file system cannot store this name. Choose a shorter or simpler one.")
-    if isinstance(error, InvalidName) and req.method in READING:  # clients probe for names such as .zarray
-        error = NotFound(error.detail)
-    code, detail = status_and_detail(error)
-    if code >= 500:
-        log.error("%s %s: %s", req.method, req.path, error, exc_info=detail == DETAILS[500] and error)
-    resp.status, fields, resp.data = error_response(error)
-    resp.set_headers(fields)
-    return code, detail
+        view = PageView(base=base, may_sign_in=problem["status"] == 401)
+        render_page(resp, [error_page(view, str(resp.status), problem["detail"], back)])
 
 
 # == Resources ====================================================================================
 
-ARCHIVES = {"tar": "application/x-tar", "zip": "application/zip"}
-MAX_LIMIT = 10_000  # rows of a listing that was cut; they are held in memory
-MAX_PATTERN = 255  # characters
+MAX_LIMIT, MAX_PATTERN = 10_000, 255  # rows of a listing that was cut, held in memory; characters of `match`
 MAX_ZIP32 = 256 * 1024 * 1024  # bytes of a file that certainly needs no ZIP64, with its frames
 ZIP_LEVEL = "_compresslevel"  # of a ZipInfo; Python 3.13 has `compress_level`, too
 MIN_ZIP_TIME, MAX_ZIP_TIME = 315_532_800, 4_354_819_198  # seconds since the epoch: the years 1980 to 2107
 ROWS_AT_ONCE = 200  # of a listing: about 64 KB
-SHORT, LONG = 256 * 1024, 4 * 1024 * 1024  # bytes of a listing: sent as a whole, and as a stream
-SOON = 0.25  # seconds of CPU: in between it depends on whether it is complete by then
-
-Read = Callable[[int], bytes]  # returns at most so many bytes, and none at the end
+LONG, SOON = 4 * 1024 * 1024, 0.25  # bytes of a listing, and seconds of CPU for it, that make it a stream
 
 # Keys of the environ in a header check (the table in "Connections"). HEADERS_ONLY: whether the body has been
 # received; ON_WORKER: whether a worker thread checks, which may wait for the disk.
 HEADERS_ONLY, ON_WORKER = "artefacts.headers_only", "artefacts.on_worker"
 
 
-class NeedsBody(falcon.HTTPStatus):
-    """Raised in a header check that cannot answer yet: 100, the body or a worker is needed; 102, a worker."""
-
-
-def require_body(req: falcon.Request) -> None:
-    """End a header check here: what follows reads the body, writes, or waits for a lock or the disk."""
+def require_body(req: Req) -> None:
+    """End a header check with 100: what follows reads the body, writes, or waits for a lock or the disk."""
     if HEADERS_ONLY in req.env:
-        raise NeedsBody(falcon.HTTP_100)
+        raise falcon.HTTPStatus(falcon.HTTP_100)
 
 
-def digested(req: falcon.Request, content: Content) -> Artefact:
-    """Return the artefact with its digest. Raise NeedsBody if a worker thread has to read the file for it."""
+def digested(req: Req, content: Content) -> Artefact:
+    """Return the artefact with its digest. End a header check with 102 if a worker has to read the file."""
     if content.artefact.sha256 is None and HEADERS_ONLY in req.env and not req.env[ON_WORKER]:
-        raise NeedsBody(falcon.HTTP_102)
+        raise falcon.HTTPStatus(falcon.HTTP_102)
     return content.digested()
 
 
 class Resource:
-    """The base of all resources: what their writes share."""
+    """The base of all resources: what they share."""
+
+    on_get: Callable[..., None]
 
     def __init__(self, repository: Repository, settings: Settings) -> None:
-        self.repository = repository
-        self.settings = settings
+        self.repository, self.settings = repository, settings
 
-    def on_propfind(self, req: falcon.Request, resp: falcon.Response, **_: str) -> None:
+    def on_head(self, req: Req, resp: Resp, **names: str) -> None:
+        self.on_get(req, resp, **names)
+
+    def on_propfind(self, req: Req, resp: Resp, **_: str) -> None:
         # sccache asks so before it writes. It takes 404 for "does not exist yet", and gives up at 405.
         raise NotFound("This is not a WebDAV collection. PUT works without one.")
 
-    def check_erasable(self, directory: str) -> None:
-        """Raise HTTPForbidden if nothing in the directory may be deleted."""
+    def expect_deletion(self, req: Req, directory: str) -> None:
+        """Raise HTTPForbidden if nothing in the directory may be deleted. Else end a header check."""
         if self.settings.rule(directory, "write_once"):
             raise HTTPForbidden(description=f"'{directory}' is write-once. Push under another name.")
+        require_body(req)
 
-    def page_view(self, req: falcon.Request, directory: str = "") -> PageView:
+    def page_view(self, req: Req, directory: str = "", **more: Any) -> PageView:
         """Return what a page of the directory, or of all directories, shows to this visitor."""
         client, settings = req.env["artefacts.who"], self.settings
         may_push = client.may("write", directory) if directory else bool(client.write)
@@ -2926,13 +2879,12 @@ class Resource:
             keeps_versions=bool(directory and settings.rule(directory, "keep_versions")),
             token=None if is_anonymous else client.name,
             may_sign_in=is_anonymous and bool(settings.config.token),
-            for_person=is_navigation(req),
-            with_digests="application/vnd.pypi.simple.v1+html" in (req.get_header("Accept") or ""),
+            for_person=is_navigation(req.env),
+            with_digests="application/vnd.pypi.simple.v1+html" in req.env.get("HTTP_ACCEPT", ""), **more,
         )
 
-    def write_check(self, req: falcon.Request, directory: str, *, creates: bool = False) -> Check:
-        """Return what the repository checks before a write: that there is no artefact yet, if the request
-        `creates` one or the directory is write-once; and then the request's preconditions."""
+    def write_check(self, req: Req, directory: str, *, creates: bool = False) -> Check:
+        """Return what the repository checks before a write: whether it may replace, and the preconditions."""
         write_once = self.settings.rule(directory, "write_once")
 
         def check(current: Content | None) -> None:
@@ -2944,218 +2896,149 @@ class Resource:
 
         return check
 
-    def expect_body(self, req: falcon.Request, directory: str) -> tuple[int | None, int | None]:
-        """Return the announced length of the body (None: chunked) and its limit, in bytes. TooLarge. What our
-        own connection receives is limited from here on."""
+    @contextlib.contextmanager
+    def receive(self, req: Req, directory: str, admit: Callable[[int], object], *, sha256: str | None = None,
+                at_once: bool = False) -> Iterator[Upload]:
+        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
+        What the header shows to be refused is refused first; `admit` gets the announced length. at_once: stay
+        on the event loop if neither the body nor fsync delays a push. TooLarge, Mismatch."""
         length, limit = body_length(req.env), self.settings.rule(directory, "max_size")
-        if isinstance(req.env["wsgi.input"], Upload):
-            req.env["wsgi.input"].limit = limit
+        stream, phase = req.env["wsgi.input"], req.env.get(HEADERS_ONLY)
+        is_own = isinstance(stream, Upload)
+        if is_own:
+            stream.limit = limit
         if limit is not None and (length or 0) > limit:
             raise TooLarge(f"The limit is {limit} bytes. Send less; PUT the files of a form one by one.")
-        return length, limit
-
-    @contextlib.contextmanager
-    def receive(self, req: falcon.Request, length: int | None, limit: int | None) -> Iterator[Upload]:
-        """Yield the body as an upload: that of our own connection, or a new one that the body is read into.
-        Mismatch: the body breaks off."""
-        if isinstance(req.env["wsgi.input"], Upload):
-            yield req.env["wsgi.input"]
-            return
-        stream = req.env["wsgi.input"] if length is None else req.bounded_stream
-        with self.repository.stage(limit) as upload:
-            piece = b"-"
+        if not is_own or phase is False:
+            admit(length or 0)
+        if not (at_once and is_own and phase and not self.repository.durable):
+            require_body(req)
+        with contextlib.nullcontext(stream) if is_own else self.repository.stage(limit) as upload:
+            piece = b"" if is_own else b"-"
             while piece:
                 try:
-                    piece = stream.read(PIECE)
+                    piece = (stream if length is None else req.bounded_stream).read(PIECE)
                 except Exception:  # cheroot raises ValueError, gunicorn exceptions of its own
                     raise Mismatch("The body broke off. Send it again.") from None
                 upload.write(piece)
+            upload.verify(length, sha256)
             yield upload
 
-    def push_form(self, req: falcon.Request, resp: falcon.Response, directory: str,
-                  id: str | None = None) -> None:
-        """Push each file of a form (RFC 7578) under its own name, or under `id`. Each is a commit of its own.
-
-        The first refusal ends the form. The response has its status, and lists what was stored before it."""
+    def push_form(self, req: Req, resp: Resp, directory: str, id: str | None = None) -> None:
+        """Push each file of a form (RFC 7578), a commit each, under its own name or under `id`. The first
+        refusal ends the form. The response has its status, and lists what was stored before it."""
         if not is_form(req):
             raise HTTPUnsupportedMediaType(description="POST a form (curl -F file=@f), or PUT an artefact.")
         if len(req.content_type or "") > MAX_FIELD:
             raise HTTPBadRequest(description="The form's Content-Type is too long. Shorten it.")
         if announced_sha256(req.env) is not None:
             raise HTTPBadRequest(description="A digest of a form is not checked. PUT the file itself.")
-        length, limit = self.expect_body(req, directory)
         check_names(directory, "-" if id is None else id)
-        self.repository.check_space(length or 0)
-        require_body(req)
-        with self.receive(req, length, limit) as form:
-            form.verify(length, None)
-            self._push_files(req, resp, directory, id, files_of_form(form, req.content_type or ""))
-
-    def _push_files(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str | None,
-                    files: Iterable[tuple[str, str, Read]]) -> None:
-        """Push the files of a form and render the response."""
         check = self.write_check(req, directory, creates=True)
-        stored: list[dict[str, Any]] = []
+        stored: list[Artefact] = []
         problem: dict[str, Any] = {"refused": []}
-        base, target = base_of(req), None  # target: the id of the file that is being pushed
-        try:
-            for name, type, read in files:
-                target = id or name
-                self.repository.admit(directory, target, 0, check)
-                with self.repository.stage() as upload:
-                    while piece := read(PIECE):
-                        upload.write(piece)
-                    artefact, _ = self.repository.push(upload, directory, target, type=type, check=check)
-                stored.append(json.loads(artefact_json(artefact, base)))
-                target = None
-            if not stored:
-                raise HTTPBadRequest(description="The form has no file. Choose one (curl -F file=@f).")
-            resp.status = falcon.HTTP_201
-        except (ArtefactsError, falcon.HTTPError, OSError) as error:
-            code, detail = render_problem(req, resp, error)
-            problem = json.loads(resp.data or b"")
-            problem["refused"] = [{"id": target, "status": code, "detail": detail}]
-            if stored:
-                problem["detail"] += f" Files before it that are stored: {len(stored)}."
+        target = None  # the id of the file that is being pushed
+        with self.receive(req, directory, self.repository.check_space) as form:
+            try:
+                for name, type, read in files_of_form(form, req.content_type or ""):
+                    target = id or name
+                    self.repository.admit(directory, target, 0, check)
+                    with self.repository.stage() as upload:
+                        while piece := read(PIECE):
+                            upload.write(piece)
+                        artefact, _ = self.repository.push(upload, directory, target, type=type, check=check)
+                    stored.append(artefact)
+                    target = None
+                if not stored:
+                    raise HTTPBadRequest(description="The form has no file. Choose one (curl -F file=@f).")
+                resp.status = falcon.HTTP_201
+            except (ArtefactsError, falcon.HTTPError, OSError) as error:
+                problem = render_problem(req, resp, error)
+                refused = {"id": target, "status": problem["status"], "detail": problem["detail"]}
+                problem["refused"] = [refused]
+                problem["detail"] += f" Files before it that are stored: {len(stored)}." if stored else ""
+        self.render_form(req, resp, directory, stored, problem)
+
+    def render_form(self, req: Req, resp: Resp, directory: str, stored: Sequence[Artefact],
+                    problem: dict[str, Any]) -> None:
+        """Render what a form stored, and the problem that ended it, if any is `refused`."""
+        base, back = base_of(req), href(base_of(req), directory)
         if format_of(req) != "html":
-            type = "application/problem+json" if problem["refused"] else falcon.MEDIA_JSON
-            render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": stored}), type)
-        elif problem["refused"]:  # a browser without script
-            title, detail = "Not everything was stored", f"{target or 'The form'}: {problem['detail']}"
-            view, back = self.page_view(req, directory), href(base, directory)
-            render_page(resp, [error_page(view, title, detail, back)])
+            rows = [json.loads(artefact_json(artefact, base)) for artefact in stored]
+            render_json(resp, json.dumps(problem | {"directory": directory, "artefacts": rows}))
+        elif not problem["refused"]:  # a browser without script
+            raise falcon.HTTPSeeOther(back)
         else:
-            raise falcon.HTTPSeeOther(href(base, directory))
+            detail = f"{problem['refused'][0]['id'] or 'The form'}: {problem['detail']}"
+            view = self.page_view(req, directory)
+            render_page(resp, [error_page(view, "Not everything was stored", detail, back)])
 
-
-class Root:
-    """`/`"""
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        raise falcon.HTTPSeeOther(base_of(req) + "/artefacts/")
-
-    on_head = on_get
-
-
-class Health(Resource):
-    """`/healthz`: whether the data directory can be read and written, checked at most once a second."""
-
-    def __init__(self, repository: Repository, settings: Settings) -> None:
-        super().__init__(repository, settings)
-        self.lock, self.checked = threading.Lock(), -math.inf
-        self.problem: str | None = None
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        require_body(req)
-        if not self.lock.acquire(timeout=1):
-            raise falcon.HTTPServiceUnavailable(description="The disk does not answer.", retry_after=5)
-        try:
-            if time.monotonic() >= self.checked + 1:
-                self.problem, self.checked = self.check(), time.monotonic()
-        finally:
-            self.lock.release()
-        if self.problem is not None:
-            raise falcon.HTTPServiceUnavailable(description=self.problem, retry_after=5)
-        render_json(resp, '{"status": "ok"}')
-
-    on_head = on_get
-
-    def check(self) -> str | None:
-        """Return what prevents reading and writing, if anything does."""
-        try:
-            self.repository.check_health()
-        except (ArtefactsError, OSError) as error:
-            log.error("the data directory cannot be used: %s", error)
-            detail = status_and_detail(error)[1]
-            return detail if detail != DETAILS[500] else "The disk fails. The server's log has the details."
-        return None
-
-
-class Directories(Resource):
-    """`/artefacts/`"""
-
-    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        require_body(req)
-        client, base = req.env["artefacts.who"], base_of(req)
-        if req.has_param("login") and client is self.settings.config.anonymous and self.settings.config.token:
-            raise HTTPUnauthorized(description="Sign in with a token as the password.", challenges=CHALLENGES)
-        names = [name for name in self.repository.directories() if client.may("read", name)]
-        resp.set_header("Vary", "Accept")
-        if format_of(req) == "html":
-            erasable = (client.may("write", name) and not self.settings.rule(name, "write_once")
-                        for name in names)
-            times = map(self.repository.changed, names)
-            view = self.page_view(req)
-            render_page(resp, directories_page(view, zip(names, times, erasable, strict=True)))
-        else:
-            rows = [{"directory": name, "href": href(base, name)} for name in names]
-            render_json(resp, json.dumps({"directories": rows}))
-
-    on_head = on_get
-
-
-class Listing(Resource):
-    """The base of the resources that list artefacts: a directory, and a folder in it."""
-
-    def list_artefacts(self, req: falcon.Request, resp: falcon.Response, directory: str,
-                       folder: str = "") -> None:
+    def list_artefacts(self, req: Req, resp: Resp, directory: str, folder: str = "") -> None:
         """Render the artefacts below a folder ("", or with a slash at its end) that the query selects."""
         require_body(req)
         unreadable: list[str] = []
-        format, deleted, name = format_of(req), req.has_param("deleted"), folder[:-1].rpartition("/")[2]
+        format, base, deleted = format_of(req), base_of(req), req.has_param("deleted")
         if deleted and format not in ("json", "html"):
             raise HTTPBadRequest(description="Deleted artefacts are listed as 'json' or 'html' only.")
-        if req.has_param("newest"):
-            newest = max(self._found(req, directory, folder), key=lambda found: found.time, default=None)
-            if newest is None:
-                raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
-            raise falcon.HTTPTemporaryRedirect(href(base_of(req), directory, newest.id))
         rows, following = self._select(req, directory, folder, unreadable)
+        if req.has_param("newest"):
+            for newest in rows:
+                raise falcon.HTTPTemporaryRedirect(href(base, directory, newest.id))
+            raise NotFound("No artefact matches. Correct 'match' and 'prefix'.")
         resp.set_header("Vary", "Accept")
         if following is not None:
             resp.set_header("Link", f'<{following}>; rel="next"')
-        if format in ARCHIVES:
+        if format in ("tar", "zip"):
             for _ in rows:  # if anything is unreadable, fail before the first byte
                 pass
             if unreadable:
                 detail = f"These cannot be read: {', '.join(unreadable[:10])}. Fetch the others without them."
                 raise falcon.HTTPInternalServerError(description=detail)
             rows, _ = self._select(req, directory, folder, unreadable)
-            resp.content_type = ARCHIVES[format]
-            resp.set_header("Content-Disposition", content_disposition(f"{name or directory}.{format}"))
-            archive = tar_archive if format == "tar" else zip_archive
-            resp.stream = archive(self.repository, rows, folder) if req.method == "GET" else iter(())
+            name = f"{folder[:-1].rpartition('/')[2] or directory}.{format}"
+            resp.set_header("Content-Disposition", content_disposition(name))
+            resp.content_type, archive = type_of(name), tar_archive if format == "tar" else zip_archive
+            resp.stream = archive(self.repository, rows, folder)
         elif format == "sha256sums":
             resp.content_type = "text/plain; charset=utf-8"
             sums = (f"{artefact.sha256}  {artefact.id.removeprefix(folder)}\n" for artefact in rows)
-            send_texts(req, resp, sums)
+            send_texts(resp, sums)
         elif format == "html":
             here = "" if req.env["PATH_INFO"].endswith("/") else quote(directory, safe="") + "/"
-            view = replace(self.page_view(req, directory), link_base=here, next_url=following, folder=folder,
-                           deleted=deleted)
+            view = self.page_view(
+                req, directory, link_base=here, next_url=following, folder=folder, deleted=deleted)
             render_page(resp, ())  # its header fields
-            send_texts(req, resp, directory_page(view, rows))
-        else:
-            resp.content_type = falcon.MEDIA_JSON
-            base = base_of(req)  # the href of a deleted artefact is that of its newest version
-            rows_json = map(row_json, rows, itertools.repeat(base)) if not deleted else (
-                artefact_json(artefact, base, artefact.version) for artefact in rows)
-            send_texts(req, resp, json_listing(directory, rows_json, following, unreadable))
+            send_texts(resp, directory_page(view, rows))
+        else:  # the href of a deleted artefact is that of its newest version
+            objects = map(row_json, rows, itertools.repeat(base), itertools.repeat(deleted))
+            send_texts(resp, json_listing(directory, objects, following, unreadable))
 
-    def _select(self, req: falcon.Request, directory: str, folder: str,
+    def _select(self, req: Req, directory: str, folder: str,
                 unreadable: list[str]) -> tuple[Iterator[Artefact], str | None]:
         """Return the artefacts that the query selects, and the path of the rest if `limit` cuts them."""
-        names = ("format", "prefix", "match", "deleted", "limit")
-        query = {name: value for name in names if (value := req.get_param(name)) is not None}
-        if not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", query.get("limit", "1")):
-            raise HTTPBadRequest(description="'limit' is a whole number from 1. Correct it.")
-        limit = int(query["limit"]) if "limit" in query else None
-        if limit is None and "format" not in query and format_of(req) == "html" and is_navigation(req):
+        prefix, after = req.get_param("prefix") or "", req.get_param("after") or ""
+        matches = shell_pattern(req.get_param("match"))
+        text, limit, format = req.get_param("limit"), None, format_of(req)
+        if folder.startswith(prefix):
+            prefix = folder
+        elif not prefix.startswith(folder):
+            raise HTTPBadRequest(description=f"Here, 'prefix' begins with '{folder}'. Correct it.")
+        if req.get_param("sort", default="newest") != "newest":
+            raise HTTPBadRequest(description="The only order is 'sort=newest'. Correct it.")
+        if text is not None:
+            if not re.fullmatch("0{0,9}[1-9][0-9]{0,17}", text):
+                raise HTTPBadRequest(description="'limit' is a whole number from 1. Correct it.")
+            limit = int(text)
+        elif format == "html" and is_navigation(req.env) and not req.has_param("format"):
             limit = PAGE_ROWS
-        found = self._found(req, directory, folder, unreadable)
-        if req.has_param("sort"):
-            if req.get_param("sort") != "newest":
-                raise HTTPBadRequest(description="The only order is 'sort=newest'. Correct it.")
+        if req.has_param("deleted"):
+            deleted = self.repository.deleted(directory, prefix=prefix, after=after)
+            found = (artefact for artefact in deleted if matches is None or matches(artefact.id))
+        else:
+            found = self.repository.artefacts(
+                directory, prefix=prefix, after=after, matches=matches, unreadable=unreadable,
+                digests=format == "sha256sums")
+        if req.has_param("sort") or req.has_param("newest"):
             most = min(limit or PAGE_ROWS, PAGE_ROWS)
             return iter(heapq.nlargest(most, found, key=lambda artefact: artefact.time)), None
         if limit is None:
@@ -3164,47 +3047,80 @@ class Listing(Resource):
             rows = list(itertools.islice(found, min(limit, MAX_LIMIT)))
             if next(found, None) is None:
                 return iter(rows), None
-        query["after"] = rows[-1].id
-        return iter(rows), f"{href(base_of(req), directory, folder)}?{urlencode(query)}"
-
-    def _found(self, req: falcon.Request, directory: str, folder: str,
-               unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
-        """Return a generator of the artefacts that prefix, match, after and deleted of the query select."""
-        prefix, after = req.get_param("prefix") or "", req.get_param("after") or ""
-        matches = shell_pattern(req.get_param("match") or "") if req.has_param("match") else None
-        if folder.startswith(prefix):
-            prefix = folder
-        elif not prefix.startswith(folder):
-            raise HTTPBadRequest(description=f"Here, 'prefix' begins with '{folder}'. Correct it.")
-        if req.has_param("deleted"):
-            found = self.repository.deleted(directory, prefix=prefix, after=after)
-            return (artefact for artefact in found if matches is None or matches(artefact.id))
-        return self.repository.artefacts(
-            directory, prefix=prefix, after=after, matches=matches, unreadable=unreadable,
-            digests=format_of(req) == "sha256sums")
+        query = urlencode({**req.params, "after": rows[-1].id}, doseq=True)
+        return iter(rows), f"{href(base_of(req), directory, folder)}?{query}"
 
 
-class Directory(Listing):
+class Root(Resource):
+    """`/`"""
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        raise falcon.HTTPSeeOther(base_of(req) + "/artefacts/")
+
+
+class Health(Resource):
+    """`/healthz`: whether the data directory can be read and written, checked at most once a second."""
+
+    def __init__(self, repository: Repository, settings: Settings) -> None:
+        super().__init__(repository, settings)
+        self.lock, self.checked, self.problem = threading.Lock(), -math.inf, ""
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        require_body(req)
+        if not self.lock.acquire(timeout=1):
+            raise falcon.HTTPServiceUnavailable(description="The disk does not answer.", retry_after=5)
+        try:
+            if time.monotonic() >= self.checked + 1:
+                self.problem, self.checked = self.check(), time.monotonic()
+        finally:
+            self.lock.release()
+        if self.problem:
+            raise falcon.HTTPServiceUnavailable(description=self.problem, retry_after=5)
+        render_json(resp, '{"status": "ok"}')
+
+    def check(self) -> str:
+        """Return what prevents reading and writing, "" if nothing does."""
+        try:
+            self.repository.check_health()
+        except (ArtefactsError, OSError) as error:
+            log.error("the data directory cannot be used: %s", error)
+            detail: str = problem_of(error)["detail"]
+            return detail if detail != DETAILS[500] else "The disk fails. The server's log has the details."
+        return ""
+
+
+class Directories(Resource):
+    """`/artefacts/`"""
+
+    def on_get(self, req: Req, resp: Resp) -> None:
+        require_body(req)
+        client, config, base = req.env["artefacts.who"], self.settings.config, base_of(req)
+        if req.has_param("login") and client is config.anonymous and config.token:
+            raise HTTPUnauthorized(description="Sign in with a token as the password.", challenges=CHALLENGES)
+        names = [name for name in self.repository.directories() if client.may("read", name)]
+        rows = [{"directory": name, "href": href(base, name)} for name in names]
+        page = directories_page(self.page_view(req), (
+            (name, self.repository.changed(name), self.page_view(req, name).may_erase) for name in names))
+        render_list(req, resp, page, {"directories": rows})
+
+
+class Directory(Resource):
     """`/artefacts/<directory>`"""
 
-    on_get = on_head = Listing.list_artefacts
+    on_get, on_post = Resource.list_artefacts, Resource.push_form
 
-    def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
-        self.push_form(req, resp, directory)
-
-    def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str) -> None:
-        self.check_erasable(directory)
-        require_body(req)
+    def on_delete(self, req: Req, resp: Resp, directory: str) -> None:
+        self.expect_deletion(req, directory)
         self.repository.delete_directory(directory)
         resp.status = falcon.HTTP_204
 
 
-class ArtefactResource(Listing):
+class ArtefactResource(Resource):
     """`/artefacts/<directory>/<id>`, and `/artefacts/<directory>/<folder>/`"""
 
-    def on_get(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+    def on_get(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         version, caching = None, "no-cache, no-transform"
-        if req.query_string:
+        if req.query_string:  # mostly there is none: small fetches have 0.97 of the speed without this line
             if req.has_param("versions"):
                 self._list_versions(req, resp, directory, id)
                 return
@@ -3216,7 +3132,7 @@ class ArtefactResource(Listing):
         try:
             content = self.repository.fetch(directory, id, version, from_memory=True)
         except NotFound:
-            is_folder = self.repository.has_folder(directory, id) or req.has_param("deleted")
+            is_folder = req.has_param("deleted") or self.repository.has_folder(directory, id)
             if version is not None or not is_folder:
                 raise
             self._show_folder(req, resp, directory, id)
@@ -3224,96 +3140,80 @@ class ArtefactResource(Listing):
             with content:
                 self._respond(req, resp, content, caching)
 
-    on_head = on_get
-
-    def _show_folder(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        """List the artefacts below a folder, or show its index.html in a directory with pages. Redirect to
-        the URL with a slash, which links are relative to."""
-        caching = self.settings.cache_control("no-cache")
-        resp.set_headers([SAME_ORIGIN, ("Cache-Control", caching), ("X-Content-Type-Options", "nosniff")])
+    def _show_folder(self, req: Req, resp: Resp, directory: str, id: str) -> None:
+        """List a folder, or show its index.html with `pages`. Links are relative to the URL with a slash."""
         if not req.env["PATH_INFO"].endswith("/"):
             query = f"?{req.query_string}" if req.query_string else ""
             raise falcon.HTTPPermanentRedirect(f"{href(base_of(req), directory, id)}/{query}")
-        index = f"{id}/index.html"
         if self.settings.rule(directory, "pages") and not req.has_param("format"):
-            with contextlib.suppress(NotFound), self.repository.fetch(directory, index) as content:
-                self._respond(req, resp, content, "no-cache, no-transform")
-                return
+            with contextlib.suppress(NotFound):
+                with self.repository.fetch(directory, f"{id}/index.html") as content:
+                    self._respond(req, resp, content, "no-cache, no-transform")
+                    return
         self.list_artefacts(req, resp, directory, f"{id}/")
 
-    def _page_fields(self, req: falcon.Request, artefact: Artefact,
-                     fields: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        """Return the fields of an artefact whose scripts may run: without an origin (sandbox), or under the
-        second host name. Redirect a browser there that opens HTML under the first name."""
-        host, changed = self.settings.pages_host, {SAME_ORIGIN[0]: "cross-origin"}
-        is_second = self.settings.is_pages_host(req)
-        if host and not is_second and is_navigation(req) and artefact.type.startswith("text/html"):
+    def _policy(self, req: Req, artefact: Artefact) -> str:
+        """Return the Content-Security-Policy of an artefact. With `pages`, its scripts may run: without an
+        origin (sandbox), or under the second host name. Redirect a browser there that opens HTML."""
+        if not self.settings.rule(artefact.directory, "pages"):
+            return POLICY
+        if self.settings.is_pages_host(req):
+            return ""
+        host = self.settings.pages_host
+        if host and is_navigation(req.env) and artefact.type.startswith("text/html"):
             port = "" if req.port in (80, 443) else f":{req.port}"
             query = f"?{req.query_string}" if req.query_string else ""
             path = base_of(req) + quote(req.env["PATH_INFO"].encode("latin-1"))
             raise falcon.HTTPTemporaryRedirect(f"{req.scheme}://{host}{port}{path}{query}")
-        changed["Content-Security-Policy"] = "" if is_second else PAGES_POLICY
-        return tuple((name, value) for name, value in (dict(fields) | changed).items() if value)
+        return PAGES_POLICY
 
-    def _list_versions(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+    def _list_versions(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         require_body(req)
         versions, base = self.repository.versions(directory, id), base_of(req)
-        resp.set_header("Vary", "Accept")
-        if format_of(req) == "html":
-            render_page(resp, versions_page(self.page_view(req, directory), id, versions))
-            return
-        rows = ", ".join(
-            artefact_json(artefact, base, artefact.version, f', "current": {json.dumps(current)}')
-            for artefact, current in versions
-        )
-        text = f'{{"directory": {json_string(directory)}, "id": {json_string(id)}, "versions": [{rows}]}}'
-        render_json(resp, text)
+        rows = [json.loads(artefact_json(artefact, base, True)) | {"current": current}
+                for artefact, current in versions]
+        page = versions_page(self.page_view(req, directory), id, versions)
+        render_list(req, resp, page, {"directory": directory, "id": id, "versions": rows})
 
-    def _respond(self, req: falcon.Request, resp: falcon.Response, content: Content, caching: str) -> None:
+    def _respond(self, req: Req, resp: Resp, content: Content, caching: str) -> None:
         """Send the representation, or the part of it that the request's conditions and range select."""
-        artefact, part = digested(req, content), None
-        modified = last_modified(artefact)
-        is_modified = evaluate_conditions(req, content) is None
-        if is_modified and "HTTP_RANGE" in req.env and req.method == "GET":  # RFC 9110 §14.2
-            is_strong = modified is not None and modified + SETTLED <= time.time()
-            part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
-                              f'"{artefact.sha256}"', modified if is_strong else None)
-        fields = representation_fields(artefact, modified, base_of(req), self.settings.cache_control(caching))
-        if self.settings.rule(artefact.directory, "pages"):
-            fields = self._page_fields(req, artefact, fields)
-        if not is_modified:
+        artefact = digested(req, content)
+        modified, caching = last_modified(artefact), self.settings.cache_control(caching)
+        policy = self._policy(req, artefact)
+        fields = representation_fields(artefact, modified, base_of(req), caching, policy)
+        if evaluate_conditions(req, content) == 304:
             resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])
             return
+        start, length = 0, artefact.size
+        if "HTTP_RANGE" in req.env and req.method == "GET":  # RFC 9110 §14.2
+            is_strong = modified is not None and modified + SETTLED <= time.time()
+            part = byte_range(req.env["HTTP_RANGE"], req.env.get("HTTP_IF_RANGE"), artefact.size,
+                              f'"{artefact.sha256}"', modified if is_strong else None)
+            if part is not None:
+                start, length = part
+                resp.status = falcon.HTTP_206
+                resp.set_header("Content-Range", f"bytes {start}-{start + length - 1}/{artefact.size}")
         resp.set_headers(fields)
-        start, length = part or (0, artefact.size)
-        if part is not None:
-            resp.status = falcon.HTTP_206
-            resp.set_header("Content-Range", f"bytes {start}-{start + length - 1}/{artefact.size}")
         if req.method == "HEAD":
             resp.content_length = length
         else:
             send_content(req, resp, content, start, length)
 
-    def on_put(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        if req.has_param("from"):
-            self._promote(req, resp, directory, id, creates=False)
-        else:
-            self._push(req, resp, directory, id, creates=False)
+    def on_put(self, req: Req, resp: Resp, directory: str, id: str) -> None:
+        push = self._promote if req.has_param("from") else self._push
+        render_stored(req, resp, *push(req, directory, id))
 
-    def on_post(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+    def on_post(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         if req.has_param("restore"):
-            self._restore(req, resp, directory, id)
-        elif req.has_param("from"):
-            self._promote(req, resp, directory, id, creates=True)
-        elif is_form(req):
+            render_stored(req, resp, *self._restore(req, directory, id))
+        elif is_form(req) and not req.has_param("from"):
             self.push_form(req, resp, directory, id)
         else:
-            self._push(req, resp, directory, id, creates=True)
+            self.on_put(req, resp, directory, id)
 
-    def on_delete(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
-        self.check_erasable(directory)
-        require_body(req)
+    def on_delete(self, req: Req, resp: Resp, directory: str, id: str) -> None:
+        self.expect_deletion(req, directory)
         check = self.write_check(req, directory)
         if req.has_param("versions"):
             self.repository.erase_all(directory, id, check=check)
@@ -3323,7 +3223,7 @@ class ArtefactResource(Listing):
             self.repository.delete(directory, id, check=check)
         resp.status = falcon.HTTP_204
 
-    def _restore(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:
+    def _restore(self, req: Req, directory: str, id: str) -> tuple[Artefact, bool]:
         if isinstance(req.env["wsgi.input"], Upload):
             req.env["wsgi.input"].limit = PIECE  # a body is ignored
         require_body(req)
@@ -3331,10 +3231,9 @@ class ArtefactResource(Listing):
         artefact, _ = self.repository.restore(directory, id, version, check=check)
         if format_of(req) == "html":  # a browser without script
             raise falcon.HTTPSeeOther(href(base_of(req), directory, id) + "?versions")
-        render_stored(req, resp, artefact, created=True)
+        return artefact, True
 
-    def _promote(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str, *,
-                 creates: bool) -> None:
+    def _promote(self, req: Req, directory: str, id: str) -> tuple[Artefact, bool]:
         """Push a copy of another artefact. One that the client may not read does not exist for it."""
         if body_length(req.env) != 0:
             raise HTTPBadRequest(description="With 'from', the artefact is copied. Send no body.")
@@ -3343,50 +3242,39 @@ class ArtefactResource(Listing):
         if not req.env["artefacts.who"].may("read", source_directory):
             raise NotFound(f"'{source_directory}' has no artefact '{source_id}'.")
         limit = self.settings.rule(directory, "max_size")
-        check = self.write_check(req, directory, creates=creates)
+        check = self.write_check(req, directory, creates=req.method == "POST")
         with self.repository.fetch(source_directory, source_id, req.get_param("version")) as source:
-            artefact, created = self.repository.promote(source, directory, id, limit=limit, check=check)
-        render_stored(req, resp, artefact, created)
+            return self.repository.promote(source, directory, id, limit=limit, check=check)
 
-    def _push(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str, *,
-              creates: bool) -> None:
+    def _push(self, req: Req, directory: str, id: str) -> tuple[Artefact, bool]:
         """Push the body. What the header shows to be refused is refused before the body is received."""
         if is_form(req):
             raise HTTPUnsupportedMediaType(description="POST the form, or PUT the file itself.")
-        sha256, (length, limit) = announced_sha256(req.env), self.expect_body(req, directory)
-        check, phase = self.write_check(req, directory, creates=creates), req.env.get(HEADERS_ONLY)
-        is_received = isinstance(req.env["wsgi.input"], Upload)  # by our own connection
-        if not is_received or phase is False:
-            self.repository.admit(directory, id, length or 0, check)
-        # A body that came with its header is pushed on the event loop if neither fsync nor a lock delays it.
-        at_once = is_received and phase is True and not self.repository.durable
-        if not at_once:
-            require_body(req)
-        with self.receive(req, length, limit) as upload:
-            upload.verify(length, sha256)
+        check = self.write_check(req, directory, creates=req.method == "POST")
+        admit = functools.partial(self.repository.admit, directory, id, check=check)
+        with self.receive(req, directory, admit, sha256=announced_sha256(req.env), at_once=True) as upload:
             try:
-                artefact, created = self.repository.push(
-                    upload, directory, id, type=req.content_type, check=check, wait=not at_once)
+                return self.repository.push(upload, directory, id, type=req.content_type, check=check,
+                                            wait=HEADERS_ONLY not in req.env)
             except BlockingIOError:  # the lock is taken, or another program has a lease on the file
                 require_body(req)  # a worker thread pushes it
                 raise
-        render_stored(req, resp, artefact, created)
 
 
 # -- requests --
 
 
-def base_of(req: falcon.Request) -> str:
+def base_of(req: Req) -> str:
     """Return the path at which the application is mounted, as it stands in a URL."""
     return quote(req.root_path) if req.root_path else ""
 
 
-def format_of(req: falcon.Request) -> str:
+def format_of(req: Req) -> str:
     """Return the one of FORMATS that the client prefers."""
     return preferred_format(req.get_param("format"), req.get_header("Accept") or "*/*")
 
 
-def source_of(req: falcon.Request) -> tuple[str, str]:
+def source_of(req: Req) -> tuple[str, str]:
     """Return the directory and the id of the artefact whose path `from` states, as its `href` does."""
     path = (req.get_param("from") or "").removeprefix(base_of(req))
     match = re.fullmatch("/artefacts?/([^/?#]+)/([^?#]+)", path)
@@ -3396,41 +3284,36 @@ def source_of(req: falcon.Request) -> tuple[str, str]:
     return unquote(match[1], errors="replace"), unquote(match[2], errors="replace")
 
 
-def shell_pattern(pattern: str) -> Callable[[str], object]:
-    """Return a function that matches an id as fnmatch.fnmatchcase does. Raise HTTPBadRequest for a long one.
-
-    The regular expression does not backtrack from one '*' to another. With at most MAX_PATTERN characters it
-    takes 10 ms to compile, and 0.5 ms to match an id of 1,024 bytes."""
-    if len(pattern) > MAX_PATTERN:
+def shell_pattern(pattern: str | None) -> Callable[[str], object] | None:
+    """Return a function that matches an id as fnmatch.fnmatchcase does. It does not backtrack from one '*' to
+    another: 10 ms to compile, and 0.5 ms to match an id of 1,024 bytes. HTTPBadRequest: it is too long."""
+    if pattern is not None and len(pattern) > MAX_PATTERN:
         raise HTTPBadRequest(description=f"'match' has more than {MAX_PATTERN} characters. Shorten it.")
-    return re.compile(fnmatch.translate(pattern)).match
+    return None if pattern is None else re.compile(fnmatch.translate(pattern)).match
 
 
-def evaluate_conditions(req: falcon.Request, current: Content | None) -> int | None:
-    """Return 304 if the client's copy is current, None if the request is to be performed. Raise
-    PreconditionFailed. current: None if there is no artefact."""
+def evaluate_conditions(req: Req, current: Content | None) -> int | None:
+    """Return 304 if the client's copy is current, None to perform the request. PreconditionFailed."""
     if req.env.keys().isdisjoint(CONDITIONS):
         return None
-    conditions = {name: req.env[name] for name in CONDITIONS if name in req.env}
     etag = modified = None
     if current is not None:
         artefact = digested(req, current)
         etag, modified = f'"{artefact.sha256}"', last_modified(artefact)
-    status = failed_precondition(req.method, conditions, etag, modified)
+    status = failed_precondition(req.method, req.env, etag, modified)
     if status == 412:
         raise PreconditionFailed("The artefact is not in the state that the request expects. Fetch it again.")
     return status
 
 
-def is_form(req: falcon.Request) -> bool:
+def is_form(req: Req) -> bool:
     """Return whether the body is a form with files (RFC 7578)."""
     return (req.content_type or "").partition(";")[0].strip().lower() == falcon.MEDIA_MULTIPART
 
 
-def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Read]]:
-    """Iterate over a form's files: name without folders (not all browsers omit them), media type, reader.
-
-    Raise HTTPBadRequest if the form is malformed, also from the reader."""
+def files_of_form(form: Upload, content_type: str) -> Iterator[tuple[str, str, Callable[[int], bytes]]]:
+    """Yield a form's files: name without folders (not all browsers omit them), media type, and a reader of at
+    most so many bytes. HTTPBadRequest, also from the reader: the form is malformed."""
     handler = falcon.media.MultipartFormHandler()
     handler.parse_options.max_body_part_count = 0  # no limit
     handler.parse_options.max_body_part_headers_size = 4096  # parsed in 20 ms at most
@@ -3468,13 +3351,22 @@ def file_name(part: BodyPart) -> str:
 # -- responses --
 
 
-def render_json(resp: falcon.Response, text: str, type: str = falcon.MEDIA_JSON) -> None:
-    resp.content_type = type
+def render_json(resp: Resp, text: str) -> None:
+    """Render a JSON document: Falcon's media type, unless another one is set."""
     resp.data = text.encode() + b"\n"
 
 
-def render_stored(req: falcon.Request, resp: falcon.Response, artefact: Artefact, created: bool) -> None:
-    """Render the artefact that a push or a restore made current."""
+def render_list(req: Req, resp: Resp, page: Iterable[str], document: object) -> None:
+    """Render a list as a page or as a JSON document, whichever the client prefers."""
+    resp.set_header("Vary", "Accept")
+    if format_of(req) == "html":
+        render_page(resp, page)
+    else:
+        render_json(resp, json.dumps(document))
+
+
+def render_stored(req: Req, resp: Resp, artefact: Artefact, created: bool) -> None:
+    """Render the artefact that a request made current."""
     base = base_of(req)
     if created:
         resp.status = falcon.HTTP_201
@@ -3483,17 +3375,15 @@ def render_stored(req: falcon.Request, resp: falcon.Response, artefact: Artefact
     render_json(resp, artefact_json(artefact, base))
 
 
-def send_texts(req: falcon.Request, resp: falcon.Response, texts: Iterable[str]) -> None:
+def send_texts(resp: Resp, texts: Iterator[str]) -> None:
     """Send a listing: a short one as a whole, which needs 0.95 of the time; a long one as a stream, which is
     made while it is sent. Raise what its first rows raise."""
-    texts, deadline = iter(texts), time.thread_time() + SOON
+    deadline, start = time.thread_time() + SOON, bytearray()
     pieces = iter(lambda: "".join(itertools.islice(texts, ROWS_AT_ONCE)).encode(), b"")
-    start = bytearray()
     for piece in pieces:
         start += piece
-        if len(start) > LONG or (len(start) > SHORT and time.thread_time() > deadline):
-            resp.data = None
-            resp.stream = itertools.chain((bytes(start),), pieces) if req.method == "GET" else iter(())
+        if len(start) > LONG or time.thread_time() > deadline:
+            resp.data, resp.stream = None, itertools.chain((bytes(start),), pieces)
             return
     resp.data = bytes(start)
 
@@ -3512,9 +3402,8 @@ def json_listing(directory: str, rows: Iterator[str], following: str | None,
 
 
 def tar_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
-    """Iterate over the pieces of a POSIX archive (pax) of the artefacts and their times, with names relative
-    to the folder. An artefact that was replaced since it was listed is sent as it is now. One that was
-    deleted is left out."""
+    """Yield a POSIX archive (pax) of the artefacts and their times, with names relative to the folder. An
+    artefact that was replaced since it was listed is sent as it is now. One that was deleted is left out."""
     for artefact in artefacts:
         with contextlib.suppress(NotFound), repository.fetch(artefact.directory, artefact.id) as content:
             info, current = tarfile.TarInfo(artefact.id.removeprefix(folder)), content.artefact
@@ -3535,14 +3424,10 @@ class Sink(io.RawIOBase):
         self.written.append(bytes(data))
         return len(data)
 
-    def take(self) -> bytes:
-        taken, self.written = self.written, []
-        return b"".join(taken)
-
 
 def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: str) -> Iterator[bytes]:
-    """Iterate over the pieces of a zip archive, as `tar_archive` does. Nothing is compressed, but the bytes
-    are in DEFLATE's frames: they show where a file ends to programs that read an archive while it comes."""
+    """Yield a zip archive, as `tar_archive` does. Nothing is compressed, but the bytes are in DEFLATE's
+    frames: they show where a file ends to programs that read an archive while it comes."""
     sink = Sink()
     with zipfile.ZipFile(sink, "w") as archive:
         for artefact in artefacts:
@@ -3558,12 +3443,12 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
                 with archive.open(info, "w", force_zip64=size > MAX_ZIP32) as file:
                     for piece in content.pieces():
                         file.write(piece)
-                        yield sink.take()
-    yield sink.take()
+                        yield b"".join(sink.written)
+                        sink.written.clear()
+    yield b"".join(sink.written)
 
 
-def send_content(req: falcon.Request, resp: falcon.Response, content: Content, start: int,
-                 length: int) -> None:
+def send_content(req: Req, resp: Resp, content: Content, start: int, length: int) -> None:
     """Send bytes of an artefact: few from memory, many as a stream of the file, which the server closes."""
     if content.artefact.size <= SMALL:
         resp.data = content.whole()[start : start + length]
@@ -3572,9 +3457,8 @@ def send_content(req: falcon.Request, resp: falcon.Response, content: Content, s
     else:
         resp.content_length = length
         if "waitress.client_disconnected" in req.env:  # waitress, or our own connection
-            file = content.detach()
+            resp.stream = file = content.detach()
             file.seek(start)
-            resp.stream = file
         else:  # some other servers ignore a file's position or Content-Length
             kept, end = Descriptor(content.file.release()), start + length
             resp.stream = (os.pread(kept.fd, min(PIECE, end - at), at) for at in range(start, end, PIECE))
@@ -3587,10 +3471,9 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
                fsync: bool = True, config: str | os.PathLike[str] | None = None) -> falcon.App[Any, Any]:
     """Return the repository in `data`, which is created if it is missing, as a WSGI application.
 
-    keep_versions: the number of versions kept before the current one (ALL: every version). max_size: bytes
-    of one artefact. fsync: False gives up durability in a power cut. config: a TOML file of tokens and
-    of rules for directories; without it, everyone may do everything. Raise OSError if `data` or `config`
-    cannot be used, ValueError for a mistake in `config`."""
+    keep_versions: how many are kept before the current one (ALL: every one). max_size: bytes of one artefact.
+    fsync: False gives up durability in a power cut. config: a TOML file of tokens and rules; without it,
+    everyone may do everything. OSError: `data` or `config` cannot be used. ValueError: a mistake in it."""
     settings = Settings(read_config(config) if config is not None else Config(), keep_versions, max_size)
     return application(make_repository(data, settings, fsync), settings)
 
@@ -3598,9 +3481,8 @@ def create_app(data: str | os.PathLike[str] = "data", *, keep_versions: int = 0,
 def make_repository(data: str | os.PathLike[str], settings: Settings, fsync: bool, *,
                     sweep: bool = True) -> Repository:
     """Return a repository that keeps what the settings say. sweep: remove what crashes left."""
-    keep_versions = functools.partial(settings.rule, key="keep_versions")
-    keep_days = functools.partial(settings.rule, key="keep_days")
-    return Repository(data, keep_versions=keep_versions, keep_days=keep_days, fsync=fsync, sweep=sweep)
+    rules: Any = {key: functools.partial(settings.rule, key=key) for key in ("keep_versions", "keep_days")}
+    return Repository(data, **rules, fsync=fsync, sweep=sweep)
 
 
 def application(repository: Repository, settings: Settings) -> falcon.App[Any, Any]:
@@ -3609,7 +3491,7 @@ def application(repository: Repository, settings: Settings) -> falcon.App[Any, A
     app.req_options.strip_url_path_trailing_slash = True
     for kind in (Exception, falcon.HTTPError):  # Falcon has handlers of its own for both
         app.add_error_handler(kind, handle_error)
-    app.add_route("/", Root())
+    app.add_route("/", Root(repository, settings))
     app.add_route(HEALTH, Health(repository, settings))
     for base in ("/artefacts", "/artefact"):
         app.add_route(base, Directories(repository, settings))
