@@ -1952,9 +1952,9 @@ def last_modified(artefact: Artefact) -> int | None:
 
 @functools.lru_cache(1024)
 def representation_fields(artefact: Artefact, modified: int | None, base: str, caching: str,
-                          policy: str) -> list[tuple[str, str]]:
+                          policy: str, with_scripts: bool) -> list[tuple[str, str]]:
     """Return the fields of an artefact whose digest is known, besides those of every response. modified:
-    `last_modified`. policy: POLICY, or that of a page, which may have no origin, but must load its parts."""
+    `last_modified`. with_scripts: pages of its directory may have no origin, but must load their parts."""
     digest = base64.b64encode(bytes.fromhex(artefact.sha256 or "")).decode()
     fields = [
         ("Content-Type", f"{artefact.type}; charset=utf-8" if artefact.is_utf8 else artefact.type),
@@ -1968,7 +1968,7 @@ def representation_fields(artefact: Artefact, modified: int | None, base: str, c
         ("Artefact-Version", artefact.version),
         ("Content-Disposition", content_disposition(artefact.id.rpartition("/")[2])),
         ("Content-Security-Policy", policy),
-        (CORP, "" if policy == POLICY else "cross-origin"),
+        (CORP, "cross-origin" if with_scripts else ""),
     ]
     return [(name, value) for name, value in fields if value]
 
@@ -2871,14 +2871,15 @@ class Resource:
     def page_view(self, req: Req, directory: str = "", **more: Any) -> PageView:
         """Return what a page of the directory, or of all directories, shows to this visitor."""
         client, settings = req.env["artefacts.who"], self.settings
-        may_push = client.may("write", directory) if directory else bool(client.write)
+        is_second = settings.is_pages_host(req)  # where nothing can be changed
+        may_push = not is_second and (client.may("write", directory) if directory else bool(client.write))
         is_anonymous = client is settings.config.anonymous
         return PageView(
             base=base_of(req), directory=directory, may_push=may_push,
             may_erase=may_push and not (directory and settings.rule(directory, "write_once")),
             keeps_versions=bool(directory and settings.rule(directory, "keep_versions")),
             token=None if is_anonymous else client.name,
-            may_sign_in=is_anonymous and bool(settings.config.token),
+            may_sign_in=is_anonymous and bool(settings.config.token) and not is_second,
             for_person=is_navigation(req.env),
             with_digests="application/vnd.pypi.simple.v1+html" in req.env.get("HTTP_ACCEPT", ""), **more,
         )
@@ -3153,14 +3154,15 @@ class ArtefactResource(Resource):
         self.list_artefacts(req, resp, directory, f"{id}/")
 
     def _policy(self, req: Req, artefact: Artefact) -> str:
-        """Return the Content-Security-Policy of an artefact. With `pages`, its scripts may run: without an
-        origin (sandbox), or under the second host name. Redirect a browser there that opens HTML."""
-        if not self.settings.rule(artefact.directory, "pages"):
-            return POLICY
+        """Return the Content-Security-Policy of an artefact with `pages`. The scripts of HTML may run: without
+        an origin (sandbox), or under the second host name. Redirect a browser there that opens HTML. Players
+        of audio and video need the origin, and run no script."""
         if self.settings.is_pages_host(req):
             return ""
+        if not artefact.type.startswith("text/html"):
+            return POLICY
         host = self.settings.pages_host
-        if host and is_navigation(req.env) and artefact.type.startswith("text/html"):
+        if host and is_navigation(req.env):
             port = "" if req.port in (80, 443) else f":{req.port}"
             query = f"?{req.query_string}" if req.query_string else ""
             path = base_of(req) + quote(req.env["PATH_INFO"].encode("latin-1"))
@@ -3179,8 +3181,9 @@ class ArtefactResource(Resource):
         """Send the representation, or the part of it that the request's conditions and range select."""
         artefact = digested(req, content)
         modified, caching = last_modified(artefact), self.settings.cache_control(caching)
-        policy = self._policy(req, artefact)
-        fields = representation_fields(artefact, modified, base_of(req), caching, policy)
+        with_scripts = bool(self.settings.rule(artefact.directory, "pages"))
+        policy = self._policy(req, artefact) if with_scripts else POLICY
+        fields = representation_fields(artefact, modified, base_of(req), caching, policy, with_scripts)
         if evaluate_conditions(req, content) == 304:
             resp.status = falcon.HTTP_304  # RFC 9110 §15.4.5
             resp.set_headers([field for field in fields if field[0] in NOT_MODIFIED_FIELDS])

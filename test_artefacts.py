@@ -3501,6 +3501,7 @@ def test_scripts_run_only_in_directories_with_pages(pages: Program) -> None:
     assert policies(f"{page}?at=2999-01-01") == (scripts, "cross-origin")
     assert policies("/artefacts/site/coverage/") == (scripts, "cross-origin")
     assert policies(page, host="pages.localhost") == (None, "cross-origin")
+    assert policies("/artefacts/site/coverage/a%20b.js") == (a.POLICY, "cross-origin")
     assert policies("/artefacts/other/index.html") == (a.POLICY, "same-origin")
     assert policies("/artefacts/site/plain/")[1] == "same-origin"  # a listing
     listing = json.loads(pages.get("/artefacts/site/coverage/?format=json").body)
@@ -3540,6 +3541,9 @@ def test_name_for_pages_serves_nothing_else(pages: Program) -> None:
         method, _, path = line.partition(" ")
         assert ask_under("pages.localhost", pages, head(method, path)).is_problem(403), line
     assert ask_under("pages.localhost", pages, put(page, b"new")).is_problem(403)
+    for host, may_push in ("localhost", True), ("pages.localhost", False):  # the listing offers what works
+        listing = ask_under(host, pages, head("GET", "/artefacts/site", *NAVIGATION)).body
+        assert (b'id="upload"' in listing, b'name="delete"' in listing) == (may_push, may_push)
     origin = f"Origin: http://pages.localhost:{pages.port}"
     for fields in (origin,), ("Sec-Fetch-Site: same-site", origin), ("Origin: null",):
         assert pages.ask(put(page, b"new", *fields)).is_problem(403)
