@@ -113,10 +113,9 @@ HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
-KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: some 20 MB
+KNOWN = 32_768  # artefacts whose metadata is cached, names of listings, durable folders: some 20 MB
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
 NAMES_AT_ONCE = 10_000  # of a folder: some 1 MB
-OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
 SCANS = 5  # times that a folder is read if it changes meanwhile
 RETRIES = 20  # lookups of a name that another host keeps replacing, and of versions that commits change
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
@@ -334,6 +333,7 @@ READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must
 STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 STAGED = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NFS locks only what can be written
 LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
 NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
@@ -418,9 +418,7 @@ class Files:
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
         self.root, self.fsync = root, fsync
-        # Folders whose names are known to be durable. Each is kept open: no other folder gets the inode
-        # number of an open one, even if another process removes it and makes a new one.
-        self.durable_folders = Bounded[tuple[int, int], Descriptor](OPEN_FOLDERS)
+        self.durable_folders = Bounded[object, bool](KNOWN)  # those whose names are known to be durable
         self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
@@ -466,21 +464,10 @@ class Files:
                 os.mkdir(f"{self.root}/{name}")
             return self.open_folder(name)
 
-    def is_durable(self, folder: int) -> bool:
-        """Return whether the names of an open folder and of those above it are known to be durable."""
-        return not self.fsync or inode(folder) in self.durable_folders
-
-    def make_folder(self, *names: str, existing: Descriptor | None = None) -> Descriptor:
+    def make_folder(self, *names: str) -> Descriptor:
         """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
-        names of all folders in the path are durable, parents first. An existing folder is synced once,
-        too: its maker may have died before its own fsync. `existing`: the folder, if it is open already."""
-        try:
-            folder = existing or self.open_folder(*names)
-            if self.is_durable(folder.fd):
-                return folder
-            folder.close()
-        except MISSING:
-            pass
+        names of all folders in the path are durable, parents first, also those that exist: their maker may
+        have died before its own fsync."""
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -492,9 +479,10 @@ class Files:
                     folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
                 except NotADirectoryError:
                     raise in_the_way("/".join(names[1:])) from None
-                if not self.is_durable(folder.fd):
+                if self.fsync and (key := unique_inode(folder.fd)) not in self.durable_folders:
                     self.sync(parent)
-                    self.durable_folders.keep(inode(folder.fd), Descriptor(os.dup(folder.fd)))
+                    if key is not None:
+                        self.durable_folders.keep(key, True)
         return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
@@ -586,18 +574,6 @@ class Files:
                 if moved != ".":
                     os.rmdir(moved, dir_fd=top)
         os.rmdir(name, dir_fd=parent)
-        self.close_removed()
-
-    def close_removed(self) -> None:
-        """Close the durable folders that were removed: an open one prevents a remount as read-only."""
-        for key, folder in tuple(self.durable_folders.items()):
-            try:
-                removed = not os.fstat(folder.fd).st_nlink
-            except OSError as error:
-                if not (removed := is_removed(error)):
-                    raise
-            if removed:
-                self.durable_folders.pop(key, None)
 
     def remove_empty(self, parent: int, name: str) -> None:
         """Remove a folder below which there are only empty folders, as a crash may leave them."""
@@ -621,7 +597,6 @@ class Files:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
                     raise
                 break
-        self.close_removed()
 
 
 def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
@@ -683,9 +658,15 @@ def in_the_way(path: str) -> Conflict:
     return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{path}'.")
 
 
-def inode(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
+def unique_inode(folder: int) -> object:
+    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one,
+    but not its generation. None: the file system has none. ext4, xfs and btrfs have generations; tmpfs,
+    overlayfs, NFS and FUSE do not."""
+    status = os.fstat(folder)
+    try:
+        return status.st_dev, status.st_ino, fcntl.ioctl(folder, FS_IOC_GETVERSION, bytes(8))
+    except OSError:  # mostly ENOTTY. Without a key, the folder is synced each time.
+        return None
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
@@ -1523,12 +1504,12 @@ class Repository(Reader):
         try:
             # 2. Take the directory's lock.
             with (lock := self.files.lock(directory, wait)):
-                existing, current = self.open_path(directory, segments)
-                with existing or NOTHING, current or NOTHING:
+                folder_before, current = self.open_path(directory, segments)
+                with folder_before or NOTHING, current or NOTHING:
                     # 3. Check the preconditions against the current state.
                     check(current)
                     # 4. Make missing folders durable.
-                    with self.files.make_folder(directory, *segments[:-1], existing=existing) as folder:
+                    with self.files.make_folder(directory, *segments[:-1]) as folder:
                         if current is not None and is_identical(current, upload, new, compared, type) and (
                             self.keep_days(directory) is None or current.renew()
                         ):

@@ -487,7 +487,6 @@ def performed(operation: Operation, data: Path, log: Path, *injected: str) -> It
         assert_state(data, tree(data, old))
         repository.keeps = lambda _: KEEP
         assert_works(repository, *target(operation, old))
-        repository.files.durable_folders.clear()  # it keeps folders open on purpose
         with os.scandir("/proc/self/fd") as entries:
             opened = [os.readlink(entry.path) for entry in entries]
         report([name for name in opened if name.startswith(str(data))])
@@ -778,7 +777,6 @@ def test_error_at_every_close(before: Path, subtests: pytest.Subtests, operation
         assert found in states and (raised or found == states[-1])
         assert_state(data, found)
         assert_works(repository, *target(OPERATIONS[operation], old))
-        repository.files.durable_folders.clear()  # it keeps folders open on purpose
         with os.scandir("/proc/self/fd") as entries:
             opened = [os.readlink(entry.path) for entry in entries]
         report([close.number, [name for name in opened if name.startswith(str(data))]])
