@@ -246,9 +246,6 @@ class Artefact:
     sha256: str | None  # hex; None: not known yet
     is_utf8: bool = False  # whether its type is a text type by its name, and its bytes are known to be UTF-8
 
-    def is_named(self, directory: str, id: str) -> bool:
-        return self.id == id and self.directory == directory
-
     @property
     def version(self) -> str:
         """Return the name of the version, `20261123T014455.123456Z`. Names sort by time."""
@@ -360,9 +357,7 @@ def is_removed(error: OSError) -> bool:
     return isinstance(error, MISSING) or error.errno == errno.ESTALE
 
 
-def refuse(id: str, error: OSError) -> None:
-    """Raise the error: what `Files.walk` does by default with what it cannot read."""
-    raise error
+OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
 class Descriptor:
@@ -523,13 +518,13 @@ class Files:
         return found
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
-             on_error: Callable[[str, OSError], None] = refuse) -> Iterator[tuple[str, int, str]]:
+             on_error: OnError | None = None) -> Iterator[tuple[str, int, str]]:
         """Yield (id, its open folder, its name there) for every file below an open folder, in the
         order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
         `inside` is the id of the folder itself, with a slash at its end.
 
-        Does not enter folders in which no id can match. Calls `on_error` with the id of a folder that cannot
-        be read, or was removed meanwhile, and with the error."""
+        Does not enter folders in which no id can match. Calls `on_error`, if it is given, for a folder that
+        cannot be read, or was removed meanwhile."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -549,54 +544,44 @@ class Files:
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
                         yield from self.walk(child, id, prefix, after, longest, on_error)
                 except OSError as error:
+                    if on_error is None:
+                        raise
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a file, or a folder with everything below it, from an open folder.
+        """Remove a folder of an open folder, with everything below it.
 
-        Folders are first moved up into the outermost one, so that any depth needs few descriptors and no
-        recursion: shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
-        if not is_folder(parent, name):
-            os.unlink(name, dir_fd=parent)
-            return
-        with open_writable(parent, name) as top:
-            folders = ["."]
-            while folders:
-                moved = folders.pop()
-                with open_writable(top, moved) as folder:
-                    for child in os.listdir(folder):
-                        if is_folder(folder, child):
-                            open_writable(folder, child).close()  # a read-only folder cannot be moved
-                            folders.append(self.unique_name())
-                            os.rename(child, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
-                        else:
-                            os.unlink(child, dir_fd=folder)
-                if moved != ".":
-                    os.rmdir(moved, dir_fd=top)
-        os.rmdir(name, dir_fd=parent)
-
-    def remove_empty(self, parent: int, name: str) -> None:
-        """Remove a folder below which there are only empty folders, as a crash may leave them."""
-        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-            for child in os.listdir(folder):
-                self.remove_empty(folder, child)
-        os.rmdir(name, dir_fd=parent)
+        Folders below are first moved up beside it, so that any depth needs two descriptors and no recursion:
+        shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        names = [name]
+        while names:
+            name = names.pop()
+            with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
+                make_writable(folder)
+                for entry in [*os.scandir(folder)]:
+                    if entry.is_dir(follow_symlinks=False):
+                        with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                            make_writable(child)  # a read-only folder cannot be moved
+                        names.append(self.unique_name())
+                        os.rename(entry.name, names[-1], src_dir_fd=folder, dst_dir_fd=parent)
+                    else:
+                        os.unlink(entry.name, dir_fd=folder)
+            os.rmdir(name, dir_fd=parent)
 
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
         parents = [self.open_folder(names[0])]
         for name in names[1:-1]:
             parents.append(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1].fd)))
-        for name in reversed(names[1:]):
-            try:
+        try:
+            for name in reversed(names[1:]):
                 with parents.pop() as parent:
                     os.rmdir(name, dir_fd=parent)
-            except OSError as error:
-                # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
-                # EBUSY: something is mounted there.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
-                    raise
-                break
+        except OSError as error:
+            # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
+            # EBUSY: something is mounted there.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
+                raise
 
 
 def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
@@ -616,34 +601,27 @@ def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
         yield from names_between(low, high)
 
 
-def is_folder(parent: int, name: str) -> bool:
-    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+def make_writable(folder: int) -> None:
+    """Allow us to remove an open folder and what is in it, if it is ours."""
+    with contextlib.suppress(PermissionError):
+        os.fchmod(folder, 0o700)
 
 
-def open_writable(parent: int, name: str) -> Descriptor:
-    """Return an open folder whose permissions allow to remove what is in it, if it is ours."""
-    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
+@contextlib.contextmanager
+def explained(directory: str) -> Iterator[None]:
+    """Raise CannotStore where the file system of a directory refuses a name or a rename."""
     try:
-        os.fchmod(folder.fd, 0o700)
-    except PermissionError:
-        pass
-    except OSError:  # which is logged, and the log may keep it with this frame
-        folder.close()
+        yield
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EBUSY):
+            raise CannotStore(
+                f"The directory '{directory}' is on another file system than the data directory (a mount, an "
+                "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
+            ) from error
+        if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+            detail = f"The file system of '{directory}' does not accept this name. Choose another."
+            raise CannotStore(detail) from error
         raise
-    return folder
-
-
-def explain_refusal(directory: str, error: OSError) -> None:
-    """Raise CannotStore if the file system of a directory refused a name or a rename with this error."""
-    if error.errno in (errno.EXDEV, errno.EBUSY):
-        raise CannotStore(
-            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-        ) from error
-    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-        raise CannotStore(
-            f"The file system of the directory '{directory}' does not accept this name. Choose another."
-        ) from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -746,20 +724,20 @@ def time_of(status: os.stat_result) -> int:
     return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
 
 
-def file_pieces(fd: int) -> Iterator[bytes]:
-    """Yield the bytes of an open file, PIECE at a time."""
+def pieces_from(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
+    """Yield all bytes that a function (of the first byte and the length) reads, PIECE at a time."""
     start = 0
-    while piece := os.pread(fd, PIECE, start):
+    while piece := read(start, PIECE):
         yield piece
         start += len(piece)
 
 
-def is_utf8(id: str, type: str, pieces: Iterable[bytes]) -> bool:
+def is_utf8(id: str, type: str, read: Callable[[int, int], bytes]) -> bool:
     """Return whether a file has a text type by its name, and its bytes are UTF-8."""
     if not type.startswith("text/") or type != type_of(id):
         return False
     try:
-        for _ in codecs.iterdecode(pieces, "utf-8"):
+        for _ in codecs.iterdecode(pieces_from(read), "utf-8"):
             pass
         return True
     except UnicodeDecodeError:
@@ -768,31 +746,28 @@ def is_utf8(id: str, type: str, pieces: Iterable[bytes]) -> bool:
 
 def sha256_of(fd: int) -> str:
     """Return the SHA-256 of an open file, in hex. Reads the whole file."""
-    digest = hashlib.sha256()
-    for piece in file_pieces(fd):
-        digest.update(piece)
-    return digest.hexdigest()
+    with io.FileIO(fd, closefd=False) as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
 
 
 class Metadata:
-    """Caches what is known about files, by their `identity`: a changed file is read again.
+    """Caches what is known about files. A changed file is read again.
 
     Without the cache of attributes, listings take three times as long; without the bytes of small
     artefacts, fetches take 1.12 times as long."""
 
     def __init__(self) -> None:
-        self.known = Bounded[tuple[int, ...], Artefact](KNOWN)
-        self.small = Bounded[tuple[int, ...], Content](MEMORY)
-
-    def cached(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
-        """Return the artefact if it is in the cache under this name: a file can have two names."""
-        known = self.known.get(identity(status))
-        return known if known is not None and known.is_named(directory, id) else None
+        self.known = Bounded[Key, Artefact](KNOWN)
+        self.small = Bounded[Key, Content](MEMORY)
 
     def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
         """Return the artefact with the type and digest of the open file's attributes. The digest is
         None if it is missing, or if the stored one belongs to another size or modification time."""
-        known = self.cached(directory, id, status)
+        known = self.known.get(key := (directory, id, identity(status)))
         if known is None:
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
             digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
@@ -800,7 +775,7 @@ class Metadata:
             utf8 = bool(is_current) and stamp.endswith(" utf-8") and type == type_of(id)
             sha256 = digest if is_current else None
             known = Artefact(directory, id, status.st_size, time_of(status), type, sha256, utf8)
-            self.known.keep(identity(status), known)
+            self.known.keep(key, known)
         return known
 
     def store_digest(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
@@ -812,7 +787,8 @@ class Metadata:
                 write_digest(fd, artefact, status)
             after = os.fstat(fd)
             if stamp_of(after) == stamp_of(status):
-                self.known.keep(identity(after), replace(artefact, time=time_of(after)))
+                key = artefact.directory, artefact.id, identity(after)
+                self.known.keep(key, replace(artefact, time=time_of(after)))
 
 
 class Content:
@@ -830,9 +806,8 @@ class Content:
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            fd, artefact = self.file.fd, self.artefact
-            utf8 = is_utf8(artefact.id, artefact.type, file_pieces(fd))
-            self.artefact = replace(artefact, sha256=sha256_of(fd), is_utf8=utf8)
+            utf8 = is_utf8(self.artefact.id, self.artefact.type, self.read)
+            self.artefact = replace(self.artefact, sha256=sha256_of(self.file.fd), is_utf8=utf8)
             self._metadata.store_digest(self.file.fd, self.artefact, self.status)
         return self.artefact
 
@@ -877,7 +852,8 @@ class Content:
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
                 cached = Content(self._metadata, self.artefact, NO_FILE, self.status, self._whole)
                 cost = len(self._whole) + 2048  # with the objects around them
-                self._metadata.small.keep(identity(self.status), cached, cost)
+                key = self.artefact.directory, self.artefact.id, identity(self.status)
+                self._metadata.small.keep(key, cached, cost)
         return self._whole
 
     def detach(self) -> io.FileIO:
@@ -917,9 +893,10 @@ class Upload:
         self.sealed = False  # whether the file is complete and durable
         self._files, self._memory = files, bytearray()
         self._file, self._name, self._incoming = NO_FILE, "", NO_FILE
-        self._sha256, self._hashed, self._read = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
+        self._sha256, self._hashed, self._position = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
         self._hashing: Future[None] | None = None
         self._ended = False  # pushed or closed
+        self._equal: tuple[int, ...] = ()  # the identity of a file with the same bytes
 
     def write(self, data: bytes | memoryview) -> None:
         """Append to the file. TooLarge: the limit is exceeded."""
@@ -956,23 +933,28 @@ class Upload:
             for piece in content.pieces():
                 self.write(piece)
 
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
-        piece = self._part(self._read, self.size if size < 0 else size)
-        self._read += len(piece)
-        return piece
+    def read_at(self, start: int, length: int) -> bytes:
+        """Return at most `length` of the bytes that were written, from byte `start` on."""
+        if self._file.fd < 0:
+            return bytes(self._memory[start : start + length])
+        return os.pread(self._file.fd, length, start)
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield all bytes that were written, PIECE at a time."""
-        for start in range(0, self.size, PIECE):
-            yield self._part(start, PIECE)
+    def read(self, length: int) -> bytes:
+        """Return the next bytes of what was written, from its start: at most `length`."""
+        piece = self.read_at(self._position, length)
+        self._position += len(piece)
+        return piece
 
     def equals(self, content: Content) -> bool:
         """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
-        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact."""
-        return self.size == content.artefact.size and all(
-            piece == content.read(number * PIECE, PIECE) for number, piece in enumerate(self.pieces())
-        )
+        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact.
+        A file that did not change since is not compared again."""
+        if self._equal != identity(content.status):
+            pairs = itertools.zip_longest(pieces_from(self.read_at), pieces_from(content.read))
+            if any(piece != stored for piece, stored in pairs):
+                return False
+            self._equal = identity(content.status)
+        return True
 
     def verify(self, length: int | None, sha256: str | None) -> None:
         """Raise Mismatch if the written bytes have another length or digest than the ones given."""
@@ -1030,11 +1012,6 @@ class Upload:
             if name:
                 with contextlib.suppress(FileNotFoundError):  # removed by a sweep
                     os.unlink(name, dir_fd=incoming)
-
-    def _part(self, start: int, size: int) -> bytes:
-        if self._file.fd < 0:
-            return bytes(self._memory[start : start + size])
-        return os.pread(self._file.fd, size, start)
 
     @property
     def fd(self) -> int:
@@ -1096,15 +1073,20 @@ class Versions:
         self._path = (directory, VERSIONS, *segments)
 
     @retry_on_estale
-    def names(self) -> list[str]:
-        """Return the names of the versions, oldest first."""
-        with contextlib.suppress(*MISSING):
-            with self._files.open_folder(*self._path) as folder, os.scandir(folder) as entries:
-                return sorted(
-                    entry.name for entry in entries
-                    if is_version(entry.name) and entry.is_file(follow_symlinks=False)
-                )
-        return []
+    def read(self, with_names: bool = True) -> tuple[list[str], int]:
+        """Return the names of the versions, oldest first, and the newest time (µs), -1 if there is none.
+        Without names, of which there may be thousands, the list is empty."""
+        names: list[str] = []
+        with contextlib.suppress(*MISSING), self._files.open_folder(*self._path) as folder:
+            newest = time_of(os.fstat(folder))
+            if with_names:
+                with os.scandir(folder) as entries:
+                    names = sorted(
+                        entry.name for entry in entries
+                        if is_version(entry.name) and entry.is_file(follow_symlinks=False)
+                    )
+            return names, max(newest, version_time(names[-1]) if names else -1)
+        return [], -1
 
     def may_exist(self, folder: int) -> bool:
         """Return False if there is no version for certain. `folder`: the artefact's open folder."""
@@ -1112,14 +1094,6 @@ class Versions:
             return len(self._folder) > 1 or bool(os.stat(VERSIONS, dir_fd=folder, follow_symlinks=False))
         except FileNotFoundError:
             return False
-
-    @retry_on_estale
-    def newest_time(self) -> int:
-        """Return the time (µs) of the newest version, -1 if there is none. Does not read the names,
-        which may be thousands."""
-        with contextlib.suppress(*MISSING), self._files.open_folder(*self._path) as folder:
-            return time_of(os.fstat(folder))
-        return -1
 
     def keep(self, current: Content, newest: int) -> str:
         """Hard-link the current file under its version name and fsync. If other bytes have the name,
@@ -1229,7 +1203,7 @@ class Reader:
         newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
         stored = ((id, newest[id]) for id in sorted(newest) if id.startswith(prefix) and id > after)
         for artefact in self._read(directory, stored, lambda content: content.artefact, on_error):
-            with self.look_up(directory, check_names(directory, artefact.id)) or NOTHING as current:
+            with self.look_up(directory, artefact.id) or NOTHING as current:
                 if current is None:
                     yield artefact
 
@@ -1239,29 +1213,25 @@ class Reader:
 
         from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
         open, and only its digest and `whole()` can be used."""
-        segments = check_names(directory, id)
-        if from_memory and version is None and (cached := self._find_small(directory, segments, id)):
+        if from_memory and version is None and (cached := self._find_small(directory, id)):
             return cached
-        if (current := self.look_up(directory, segments)) is not None:
+        if (current := self.look_up(directory, id)) is not None:
             if version is None or current.artefact.version == version:
                 return current
             current.close()
         if version is None:
             raise NotFound(f"'{directory}' has no artefact '{id}'.")
         # The current artefact was looked up first: it becomes a version before it is replaced.
-        earlier = self.look_up(directory, (VERSIONS, *segments, version), id, version_time(version))
+        earlier = self.look_up(directory, id, version)
         if earlier is None:
             raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
         return earlier
 
-    @retry_on_estale
     def has_folder(self, directory: str, id: str) -> bool:
         """Return whether a folder has this name below a directory, maybe without an artefact."""
-        try:
-            self.files.open_folder(directory, *check_names(directory, id)).close()
-        except MISSING:
-            return False
-        return True
+        with contextlib.suppress(NotFound), self.open_directory(directory, *check_names(directory, id)):
+            return True
+        return False
 
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
         """Return all versions, newest first, each with whether it is the current one. NotFound: there
@@ -1278,13 +1248,12 @@ class Reader:
     def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
         """Return the names of all versions, newest first, each with whether it is the current one.
         NotFound: there is none. Opens no version."""
-        segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
-        earlier, current = versions.names(), None
+        versions, current = self._versions(directory, id), None
+        earlier, _ = versions.read()
         for _ in range(RETRIES):
-            with self.look_up(directory, segments) or NOTHING as content:
+            with self.look_up(directory, id) or NOTHING as content:
                 current = content and content.artefact.version
-            before, earlier = earlier, versions.names()
+            before, (earlier, _) = earlier, versions.read()
             if earlier == before:
                 break  # else a commit made the current one an earlier one meanwhile
         else:
@@ -1317,8 +1286,7 @@ class Reader:
                     yield Artefact(directory, id, 0, 0, "", None), "unreadable"
                 unreadable.clear()
 
-    def _earlier(self, directory: str,
-                 on_error: Callable[[str, OSError], None]) -> Iterator[tuple[str, str]]:
+    def _earlier(self, directory: str, on_error: OnError) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
         walk, inside, longest = self.files.walk, f"{VERSIONS}/", 2 * MAX_ID
         try:
@@ -1331,7 +1299,7 @@ class Reader:
             on_error(inside, error)
 
     def _read(self, directory: str, stored: Iterable[tuple[str, str | None]], read: Callable[[Content], T],
-              on_error: Callable[[str, OSError], None]) -> Iterator[T]:
+              on_error: OnError) -> Iterator[T]:
         """Yield the results of a function for each (id, version) that can be opened and read."""
         for id, version in stored:
             try:
@@ -1347,42 +1315,41 @@ class Reader:
     # -- lookups --
 
     @retry_on_estale
-    def open_directory(self, directory: str) -> Descriptor:
-        """Return an open directory. The caller closes it. NotFound."""
+    def open_directory(self, directory: str, *folders: str) -> Descriptor:
+        """Return an open directory, or a folder in it. The caller closes it. NotFound."""
         check_directory(directory)
         try:
-            return self.files.open_folder(directory)
+            return self.files.open_folder(directory, *folders)
         except MISSING:
             detail = f"The directory '{directory}' does not exist. It is created by the first push."
             raise NotFound(detail) from None
 
     @retry_on_estale
-    def open_path(self, directory: str, path: Sequence[str], id: str = "",
-                  time: int | None = None) -> tuple[Descriptor | None, Content | None]:
-        """Open the folder and the file at a path below a directory: each None if it is missing. The
-        caller closes both. Conflict: something else has the name. `id` and `time` (µs): of a version."""
-        id, folder = id or "/".join(path), None
+    def find(self, directory: str, id: str, version: str | None = None) -> Content | None:
+        """Open the current artefact, or an earlier version (NotFound: the text is none). The caller closes
+        it. Return None if there is none. Conflict: something else has the name."""
+        path, time = check_names(directory, id), None
+        if version is not None:
+            path, time = (VERSIONS, *path, version), version_time(version)
         try:
-            folder = self.files.open_folder(directory, *path[:-1])
-            return folder, self._open(folder.fd, path[-1], directory, id, time)
+            with self.files.open_folder(directory, *path[:-1]) as folder:
+                return self._open(folder, path[-1], directory, id, time)
         except FileNotFoundError:
-            return folder, None
+            return None
         except OSError as error:
             if error.errno in NOT_A_FILE:
                 raise in_the_way(id) from None
             raise
 
-    def look_up(self, directory: str, path: Sequence[str], id: str = "",
-                time: int | None = None) -> Content | None:
-        """Open a file as `open_path` does, or return None if something else has the name. It is looked up
-        twice: on NFS a name is missing for a moment while another host replaces it."""
+    def look_up(self, directory: str, id: str, version: str | None = None) -> Content | None:
+        """Do the same as `find`, but return None if something else has the name. Look twice: on NFS a
+        name is missing for a moment while another host replaces it."""
         with contextlib.suppress(Conflict):
-            for _ in range(2):
-                folder, content = self.open_path(directory, path, id, time)
-                with folder or NOTHING:
-                    if content is not None:
-                        return content
+            return self.find(directory, id, version) or self.find(directory, id, version)
         return None
+
+    def _versions(self, directory: str, id: str) -> Versions:
+        return Versions(self.files, directory, check_names(directory, id))
 
     def stage(self, limit: int | None = None) -> Upload:
         """Return a new upload of at most `limit` bytes. The caller closes it."""
@@ -1402,23 +1369,23 @@ class Reader:
             artefact = replace(artefact, time=time)
         return Content(self.metadata, artefact, file, status)
 
-    def _find_small(self, directory: str, segments: Sequence[str], id: str) -> Content | None:
+    def _find_small(self, directory: str, id: str) -> Content | None:
         """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
         opening it tells why."""
+        segments = check_names(directory, id)
         try:
             with self.files.open_folder(directory, *segments[:-1]) as folder:
                 status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
         except OSError:
             return None
-        content = self.metadata.small.get(identity(status))
-        return content if content and content.artefact.is_named(directory, id) else None
+        return self.metadata.small.get((directory, id, identity(status)))
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
         """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
         it is no file. `digest`: compute a missing digest."""
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        known = self.metadata.cached(directory, id, status)
+        known = self.metadata.known.get((directory, id, identity(status)))
         if known is not None and (known.sha256 is not None or not digest):
             return known  # the file need not be opened
         if not stat.S_ISREG(status.st_mode):
@@ -1469,9 +1436,7 @@ class Repository(Reader):
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
         """Raise what a push of `size` bytes would raise now, as far as that is known without the
         bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
-        segments = check_names(directory, id)
-        folder, current = self.open_path(directory, segments)
-        with folder or NOTHING, current or NOTHING:
+        with self.find(directory, id) or NOTHING as current:
             check(current)
         self.check_space(size)
 
@@ -1492,50 +1457,40 @@ class Repository(Reader):
         Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
         BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
         segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
         stored_type, by_name = type_of(id, type), by_name or specific_type(type) is None
-        utf8 = by_name and is_utf8(id, stored_type, upload.pieces())
+        utf8 = by_name and is_utf8(id, stored_type, upload.read_at)
         new = Artefact(directory, id, upload.size, current_time(), stored_type, upload.digest(), utf8)
-        compared = self._compare(upload, new, segments, type) if self.durable else None
-        if compared is None:
-            upload.seal(new)
-        try:
-            # 2. Take the directory's lock.
-            with (lock := self.files.lock(directory, wait)):
-                folder_before, current = self.open_path(directory, segments)
-                with folder_before or NOTHING, current or NOTHING:
-                    # 3. Check the preconditions against the current state.
-                    check(current)
-                    # 4. Make missing folders durable.
-                    with self.files.make_folder(directory, *segments[:-1]) as folder:
-                        if current is not None and is_identical(current, upload, new, compared, type) and (
-                            self.keep_days(directory) is None or current.renew()
-                        ):
-                            new = current.artefact
-                            self.files.sync(current.file.fd)  # it was renewed, or put there by hand
-                        else:
-                            new = self._replace(upload, new, current, folder, versions)
-                        # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
-                        lock.close()
-                        self.files.sync(folder)
-            return new, current is None
-        except OSError as error:
-            explain_refusal(directory, error)
-            raise
+        with (self.find(directory, id) if self.durable else None) or NOTHING as current:
+            if current is None or not is_identical(current, upload, new, type):
+                upload.seal(new)
+        # 2. Take the directory's lock.
+        with explained(directory), self.files.lock(directory, wait) as lock:
+            with self.find(directory, id) or NOTHING as current:
+                # 3. Check the preconditions against the current state.
+                check(current)
+                # 4. Make missing folders durable.
+                with self.files.make_folder(directory, *segments[:-1]) as folder:
+                    if current is not None and is_identical(current, upload, new, type) and (
+                        self.keep_days(directory) is None or current.renew()
+                    ):
+                        new = current.artefact
+                        self.files.sync(current.file.fd)  # it was renewed, or put there by hand
+                    else:
+                        new = self._replace(upload, new, current, folder)
+                    # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    self.files.sync(folder)
+        return new, current is None
 
-    def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int,
-                 versions: Versions) -> Artefact:
+    def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
         """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the
         new artefact, whose version is later than all others."""
-        keep, name = self.keeps(new.directory), new.id.rpartition("/")[2]
-        earlier = [] if keep == ALL or not versions.may_exist(folder) else versions.names()
-        newest = max(
-            current.artefact.time if current is not None else -1,
-            version_time(earlier[-1]) if earlier else -1,
-            versions.newest_time() if earlier or keep == ALL else -1,
-        )
+        versions, keep = self._versions(new.directory, new.id), self.keeps(new.directory)
+        earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
+        if current is not None:
+            newest = max(newest, current.artefact.time)
         if new.time <= newest or not upload.sealed:
             new = replace(new, time=min(max(newest + 1, current_time()), LAST_TIME))
             upload.seal(new)
@@ -1545,27 +1500,20 @@ class Repository(Reader):
             upload.seal(new)
         if inherit_access(upload.fd, folder):
             upload.sync()
+        name = new.id.rpartition("/")[2]
         try:
             status = upload.move(folder, name)
-        except IsADirectoryError:  # below it are only empty folders, or `open_path` would have raised
-            self.files.remove_empty(folder, name)
+        except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
+            for path, *_ in os.fwalk(name, topdown=False, dir_fd=folder):
+                os.rmdir(path, dir_fd=folder)
             status = upload.move(folder, name)
-        self.metadata.known.keep(identity(status), new)
+        self.metadata.known.keep((new.directory, new.id, identity(status)), new)
         if current is not None:
-            self.metadata.known.pop(identity(current.status), None)
+            self.metadata.known.pop((new.directory, new.id, identity(current.status)), None)
         if earlier:
             self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
             versions.prune(earlier, kept, keep)
         return new
-
-    def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str],
-                 type: str | None) -> tuple[int, ...] | None:
-        """Return the identity of the current file if it has the upload's bytes, else None."""
-        folder, current = self.open_path(new.directory, segments)
-        with folder or NOTHING, current or NOTHING:
-            if current is not None and is_identical(current, upload, new, None, type):
-                return identity(current.status)
-        return None
 
     def restore(self, directory: str, id: str, version: str, *,
                 check: Check = accept_any) -> tuple[Artefact, bool]:
@@ -1592,49 +1540,38 @@ class Repository(Reader):
             by_name = artefact.is_utf8 or artefact.sha256 is None
             return self.push(upload, directory, id, type=artefact.type, by_name=by_name, check=check)
 
-    def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
-        """Delete an artefact. If versions are kept, it becomes one. NotFound."""
-        segments, keep = check_names(directory, id), self.keeps(directory)
-        versions = Versions(self.files, directory, segments)
-        with self._locked(directory), self.fetch(directory, id) as current:
+    def delete(self, directory: str, id: str, *, check: Check = accept_any,
+               versions_too: bool = False) -> None:
+        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with
+        all its versions, also if it was deleted before."""
+        versions, keep = self._versions(directory, id), 0 if versions_too else self.keeps(directory)
+        with self._locked(directory), self.look_up(directory, id) or NOTHING as current:
+            earlier, newest = versions.read(keep < ALL)
+            if current is None and not (versions_too and earlier):
+                raise NotFound(f"'{directory}' has no artefact '{id}'.")
             check(current)
-            earlier, kept = versions.names() if keep < ALL else [], None
-            if keep:
-                kept = versions.keep(current, max(current.artefact.time, versions.newest_time()))
-            self._unlink(directory, segments)
+            kept = None
+            if current is not None:
+                if keep:
+                    kept = versions.keep(current, max(current.artefact.time, newest))
+                self._unlink(directory, id)
             versions.prune(earlier, kept, keep)
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
         """Erase one earlier version. NotFound. Conflict: it is the current one."""
-        versions = Versions(self.files, directory, check_names(directory, id))
+        versions = self._versions(directory, id)
         with self._locked(directory), self.fetch(directory, id, version) as content:
             check(content)
-            if version not in versions.names():
+            if version not in versions.read()[0]:
                 raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
             versions.drop([version])
-
-    def erase_all(self, directory: str, id: str, *, check: Check = accept_any) -> None:
-        """Erase an artefact with all its versions. NotFound: there is neither."""
-        segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
-        with self._locked(directory):
-            self.version_names(directory, id)
-            with self.look_up(directory, segments) or NOTHING as current:
-                check(current)
-                if current is not None:
-                    self._unlink(directory, segments)
-            versions.drop(versions.names())
 
     def delete_directory(self, directory: str) -> None:
         """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
-            with self._locked(directory):
-                try:
-                    os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
-                except OSError as error:
-                    explain_refusal(directory, error)
-                    raise
+            with explained(directory), self._locked(directory):
+                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
@@ -1660,17 +1597,15 @@ class Repository(Reader):
         """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
         push is not before `limit` (µs since the epoch)."""
 
-        def check_age(_: Content | None) -> None:
-            names = self.version_names(directory, id)
-            current = next((name for name, is_current in names if is_current), names[0][0])
-            with self.fetch(directory, id, current) as content:
+        def check_age(current: Content | None) -> None:
+            with current or self.fetch(directory, id, self.version_names(directory, id)[0][0]) as content:
                 if content.last_push() >= limit:
                     raise PreconditionFailed("It was pushed meanwhile.")
 
         try:
-            check_age(None)
+            check_age(self.look_up(directory, id))
             if not dry_run:
-                self.erase_all(directory, id, check=check_age)
+                self.delete(directory, id, check=check_age, versions_too=True)
             return True
         except (NotFound, PreconditionFailed):
             return False
@@ -1689,11 +1624,12 @@ class Repository(Reader):
         """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
         and the next sweep tries again."""
         try:
-            if own == INCOMING:
-                with contextlib.suppress(IsADirectoryError):  # put there by hand
-                    file = Descriptor(os.open(name, STAGED, dir_fd=folder))  # locked until it is removed
-                    fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.files.remove_tree(folder, name)
+            try:
+                with Descriptor(os.open(name, STAGED, dir_fd=folder)) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(name, dir_fd=folder)
+            except IsADirectoryError:
+                self.files.remove_tree(folder, name)
         except (FileNotFoundError, BlockingIOError):  # removed by another process; in use
             pass
         except OSError as error:
@@ -1707,7 +1643,7 @@ class Repository(Reader):
         with self.stage() as upload:
             upload.write(b"health")
             self.files.sync(upload.fd)
-            if upload.read() != b"health":
+            if upload.read_at(0, PIECE) != b"health":
                 raise OSError(errno.EIO, "a file has other bytes than were written")
 
     def check_directories(self) -> None:
@@ -1727,23 +1663,22 @@ class Repository(Reader):
         self.open_directory(directory).close()  # else it was deleted meanwhile
         return lock
 
-    def _unlink(self, directory: str, segments: Sequence[str]) -> None:
+    def _unlink(self, directory: str, id: str) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""
+        segments = check_names(directory, id)
         with self.files.open_folder(directory, *segments[:-1]) as folder:
             os.unlink(segments[-1], dir_fd=folder)
             self.files.sync(folder)
         self.files.remove_while_empty(directory, *segments[:-1])
 
 
-def is_identical(current: Content, upload: Upload, new: Artefact, compared: tuple[int, ...] | None,
-                 type: str | None) -> bool:
-    """Return whether the current file has the upload's bytes, and the type if the client chose one.
-    `compared`: the identity of a file that is known to have the bytes."""
+def is_identical(current: Content, upload: Upload, new: Artefact, type: str | None) -> bool:
+    """Return whether the current file has the upload's bytes, and the type if the client chose one."""
     if current.artefact.size != new.size or current.digested().sha256 != new.sha256:
         return False
     if specific_type(type) is not None and HAS_ATTRIBUTES and current.artefact.type != new.type:
         return False
-    return identity(current.status) == compared or upload.equals(current)
+    return upload.equals(current)
 
 
 # == HTTP semantics: pure functions of header text and validators =================================
@@ -3346,12 +3281,10 @@ class ArtefactResource(Listing):
         self.check_erasable(directory)
         require_body(req)
         check = self.write_check(req, directory)
-        if req.has_param("versions"):
-            self.repository.erase_all(directory, id, check=check)
-        elif req.has_param("version"):
+        if req.has_param("version") and not req.has_param("versions"):
             self.repository.erase(directory, id, req.get_param("version") or "", check=check)
         else:
-            self.repository.delete(directory, id, check=check)
+            self.repository.delete(directory, id, check=check, versions_too=req.has_param("versions"))
         resp.status = falcon.HTTP_204
 
     def _restore(self, req: falcon.Request, resp: falcon.Response, directory: str, id: str) -> None:

@@ -811,7 +811,8 @@ def test_symbolic_links_are_not_followed(
         read, lambda: read(T1), listed, lambda: versioned.restore("app", "d/x", T1), read,
         lambda: push(versioned, "d/x", b"2"), lambda: push(versioned, "d/x", b"3"),
         lambda: versioned.erase("app", "d/x", T1), lambda: versioned.delete("app", "d/x"),
-        lambda: versioned.erase_all("app", "d/x"), lambda: versioned.delete_directory("app"),
+        lambda: versioned.delete("app", "d/x", versions_too=True),
+        lambda: versioned.delete_directory("app"),
         versioned.sweep, lambda: a.Repository(data),
     ]  # fmt: skip
     for operation in operations:
@@ -994,7 +995,8 @@ def test_no_folder_is_kept_open(data: Path) -> None:
     """An open folder would keep the file system from being unmounted, or mounted again as read-only."""
     repository = a.Repository(data, keep_versions=1)
     removals: list[Callable[[], object]] = [
-        lambda: repository.delete("app", "d/e/x"), lambda: repository.erase_all("app", "d/e/x"),
+        lambda: repository.delete("app", "d/e/x"),
+        lambda: repository.delete("app", "d/e/x", versions_too=True),
         lambda: repository.delete_directory("app"),
     ]  # fmt: skip
     for remove in removals:
@@ -1583,7 +1585,7 @@ def test_folder_named_like_a_version_is_not_a_version(data: Path) -> None:
         push(repository, "x", content)
     assert sorted(tree(data).values()) == [b"2", b"4", b"5"]
     assert len(repository.versions("app", "x")) == 2
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     assert [*tree(data).values()] == [b"2"] and len(repository.versions("app", below)) == 1
 
 
@@ -1686,7 +1688,7 @@ def test_names_of_10000_versions_are_read_without_opening_one(
     assert repository.version_names("app", "x") == [(T3, True)] + [(name, False) for name in reversed(names)]
     assert repository.version_at("app", "x", start + 5000) == names[5000]
     assert not set(opened) & set(names) and len(opened) < 20
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     assert not set(opened) & set(names) and len(opened) < 60
     assert tree(data) == {"app/": b""}
 
@@ -1788,14 +1790,15 @@ def test_delete_restore_erase(data: Path, versioned: a.Repository) -> None:
         versioned.erase("app", "d/x", two.version)
 
     push(versioned, "d/x", b"three")
-    versioned.erase_all("app", "d/x")
+    versioned.delete("app", "d/x", versions_too=True)
     assert tree(data) == {"app/": b""}
-    for missing in versioned.erase_all, versioned.versions:
-        with pytest.raises(a.NotFound):
-            missing("app", "d/x")
+    with pytest.raises(a.NotFound):
+        versioned.delete("app", "d/x", versions_too=True)
+    with pytest.raises(a.NotFound):
+        versioned.versions("app", "d/x")
 
 
-def test_erase_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a.Repository) -> None:
+def test_erasing_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a.Repository) -> None:
     def refuse(current: a.Content | None) -> None:
         assert current is None
         raise a.PreconditionFailed("")
@@ -1804,7 +1807,7 @@ def test_erase_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a
     versioned.delete("app", "x")
     before = tree(data)
     with pytest.raises(a.PreconditionFailed):
-        versioned.erase_all("app", "x", check=refuse)
+        versioned.delete("app", "x", check=refuse, versions_too=True)
     assert tree(data) == before and list(before.values()) == [b"one"]
 
 
@@ -1961,7 +1964,7 @@ def test_deleted_artefacts_are_found_with_their_newest_version(data: Path, versi
     assert {artefact.id: artefact.version for artefact in versioned.deleted("app")} == newest
     assert [artefact.id for artefact in versioned.deleted("app", prefix="d/", after="d/x")] == ["d/y"]
     versioned.restore("app", "z", newest["z"])
-    versioned.erase_all("app", "d/y")
+    versioned.delete("app", "d/y", versions_too=True)
     assert [(artefact.id, artefact.size) for artefact in versioned.deleted("app")] == [("d/x", 1)]
     with pytest.raises(a.NotFound):
         [*versioned.deleted("other")]
@@ -2372,7 +2375,7 @@ def test_fsync_can_be_disabled(data: Path, events: Events) -> None:
     repository.restore("app", "x", one.version)
     repository.erase("app", "x", one.version)
     repository.delete("app", "x")
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     repository.delete_directory("app")
     assert events and "fsync" not in {call for call, _ in events}
 

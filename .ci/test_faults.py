@@ -360,7 +360,8 @@ OPERATIONS = {
         "unlink",
     ),
     "erase all": Operation(
-        lambda repository, _: repository.erase_all("app", "lib/x"), states_of_erase_all, "unlink"
+        lambda repository, _: repository.delete("app", "lib/x", versions_too=True),
+        states_of_erase_all, "unlink",
     ),
     "directory delete": Operation(
         lambda repository, _: repository.delete_directory("app"),
@@ -840,7 +841,7 @@ def test_decisions_are_made_under_the_lock(tmp_path: Path) -> None:
         repository.erase("app", "x", restored, check=check)
         assert last() == (restored, "held")
         current = push(repository, "app", "x", b"2").version
-        repository.erase_all("app", "x", check=check)
+        repository.delete("app", "x", check=check, versions_too=True)
         assert last() == (current, "held")
 
     seen: list[str | None] = []
