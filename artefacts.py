@@ -291,17 +291,12 @@ def check_segment(name: str, what: str) -> str:
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
-def check_directory(name: str) -> str:
-    """Return the name of a directory if it is valid. InvalidName: it breaks a rule."""
-    if name == LOST_AND_FOUND:
-        raise InvalidName(f"'{name}' belongs to the file system. Choose another name.")
-    return check_segment(name, "directory")
-
-
 @functools.lru_cache(1024)
-def check_names(directory: str, id: str) -> tuple[str, ...]:
+def check_names(directory: str, id: str = "-") -> tuple[str, ...]:
     """Return the segments of the id. InvalidName: a name breaks a rule, or the id is too long."""
-    check_directory(directory)
+    if directory == LOST_AND_FOUND:
+        raise InvalidName(f"'{directory}' belongs to the file system. Choose another name.")
+    check_segment(directory, "directory")
     if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
         raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
     return tuple(check_segment(segment, "id") for segment in id.split("/"))
@@ -334,6 +329,7 @@ FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
 NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
+OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
 def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
@@ -355,9 +351,6 @@ def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
 def is_removed(error: OSError) -> bool:
     """Return whether what was in an open folder is missing now. ESTALE: another host removed the folder."""
     return isinstance(error, MISSING) or error.errno == errno.ESTALE
-
-
-OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
 class Descriptor:
@@ -523,8 +516,8 @@ class Files:
         order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
         `inside` is the id of the folder itself, with a slash at its end.
 
-        Does not enter folders in which no id can match. Calls `on_error`, if it is given, for a folder that
-        cannot be read, or was removed meanwhile."""
+        Do not enter folders in which no id can match. Without `on_error`, raise for a folder that cannot be
+        read, or was removed meanwhile."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -557,11 +550,11 @@ class Files:
         while names:
             name = names.pop()
             with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-                make_writable(folder)
                 for entry in [*os.scandir(folder)]:
                     if entry.is_dir(follow_symlinks=False):
                         with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
-                            make_writable(child)  # a read-only folder cannot be moved
+                            with contextlib.suppress(PermissionError):  # it is not ours
+                                os.fchmod(child, 0o700)  # a read-only folder cannot be moved
                         names.append(self.unique_name())
                         os.rename(entry.name, names[-1], src_dir_fd=folder, dst_dir_fd=parent)
                     else:
@@ -601,12 +594,6 @@ def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
         yield from names_between(low, high)
 
 
-def make_writable(folder: int) -> None:
-    """Allow us to remove an open folder and what is in it, if it is ours."""
-    with contextlib.suppress(PermissionError):
-        os.fchmod(folder, 0o700)
-
-
 @contextlib.contextmanager
 def explained(directory: str) -> Iterator[None]:
     """Raise CannotStore where the file system of a directory refuses a name or a rename."""
@@ -614,14 +601,13 @@ def explained(directory: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EBUSY):
-            raise CannotStore(
-                f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-                "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-            ) from error
-        if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-            detail = f"The file system of '{directory}' does not accept this name. Choose another."
-            raise CannotStore(detail) from error
-        raise
+            detail = ("is on another file system than the data directory (a mount, an overlay, a project "
+                      "quota): nothing can be moved to or from it. Tell who runs this server.")
+        elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+            detail = "is on a file system that does not accept this name. Choose another."
+        else:
+            raise
+        raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -1173,8 +1159,9 @@ class Reader:
     def changed(self, directory: str) -> str:
         """Return when the names in a directory last changed (RFC 3339); "" if it was removed meanwhile."""
         with contextlib.suppress(FileNotFoundError):
-            status = os.lstat(f"{self.root}/{check_directory(directory)}")
-            return Artefact(directory, "", 0, time_of(status), "", None).modified
+            check_names(directory)
+            time = time_of(os.lstat(f"{self.root}/{directory}"))
+            return Artefact(directory, "", 0, time, "", None).modified
         return ""
 
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
@@ -1209,12 +1196,14 @@ class Reader:
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
-        """Open an artefact: the current one or the given version. The caller closes it. NotFound.
-
-        from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
-        open, and only its digest and `whole()` can be used."""
-        if from_memory and version is None and (cached := self._find_small(directory, id)):
-            return cached
+        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a SMALL
+        one may come from the cache. It is not open: only its digest and `whole()` can be used."""
+        if from_memory and version is None:
+            *folders, name = check_names(directory, id)
+            with contextlib.suppress(OSError), self.files.open_folder(directory, *folders) as folder:
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if (cached := self.metadata.small.get((directory, id, identity(status)))) is not None:
+                    return cached
         if (current := self.look_up(directory, id)) is not None:
             if version is None or current.artefact.version == version:
                 return current
@@ -1222,8 +1211,7 @@ class Reader:
         if version is None:
             raise NotFound(f"'{directory}' has no artefact '{id}'.")
         # The current artefact was looked up first: it becomes a version before it is replaced.
-        earlier = self.look_up(directory, id, version)
-        if earlier is None:
+        if (earlier := self.look_up(directory, id, version)) is None:
             raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
         return earlier
 
@@ -1317,7 +1305,7 @@ class Reader:
     @retry_on_estale
     def open_directory(self, directory: str, *folders: str) -> Descriptor:
         """Return an open directory, or a folder in it. The caller closes it. NotFound."""
-        check_directory(directory)
+        check_names(directory)
         try:
             return self.files.open_folder(directory, *folders)
         except MISSING:
@@ -1368,17 +1356,6 @@ class Reader:
         if time is not None and time != artefact.time:
             artefact = replace(artefact, time=time)
         return Content(self.metadata, artefact, file, status)
-
-    def _find_small(self, directory: str, id: str) -> Content | None:
-        """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
-        opening it tells why."""
-        segments = check_names(directory, id)
-        try:
-            with self.files.open_folder(directory, *segments[:-1]) as folder:
-                status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
-        except OSError:
-            return None
-        return self.metadata.small.get((directory, id, identity(status)))
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
@@ -1507,6 +1484,7 @@ class Repository(Reader):
             for path, *_ in os.fwalk(name, topdown=False, dir_fd=folder):
                 os.rmdir(path, dir_fd=folder)
             status = upload.move(folder, name)
+        self._touch(new.directory, new.id)
         self.metadata.known.keep((new.directory, new.id, identity(status)), new)
         if current is not None:
             self.metadata.known.pop((new.directory, new.id, identity(current.status)), None)
@@ -1669,7 +1647,14 @@ class Repository(Reader):
         with self.files.open_folder(directory, *segments[:-1]) as folder:
             os.unlink(segments[-1], dir_fd=folder)
             self.files.sync(folder)
+        self._touch(directory, id)
         self.files.remove_while_empty(directory, *segments[:-1])
+
+    def _touch(self, directory: str, id: str) -> None:
+        """Set a directory's own modification time after a change in a folder of it: `changed` reads it."""
+        if "/" in id:
+            with contextlib.suppress(*MISSING, PermissionError):  # moved by hand; it is not ours
+                os.utime(f"{self.root}/{directory}", follow_symlinks=False)
 
 
 def is_identical(current: Content, upload: Upload, new: Artefact, type: str | None) -> bool:

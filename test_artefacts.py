@@ -3676,6 +3676,24 @@ def test_only_clients_such_as_pip_get_digests_in_links(served: Program) -> None:
         assert b"#sha256=" not in versions.body
 
 
+def test_page_shows_the_time_of_a_change_in_a_folder(program: Program) -> None:
+    def changed() -> str:
+        page = program.get("/artefacts/?format=html").body.decode()
+        found = re.search('href="/artefacts/folders/".*\n?.*?datetime="([^"]+)"', page)
+        assert found is not None
+        return found[1]
+
+    shown = []
+    for request in (
+        put("/artefacts/folders/x/a", b"1"), put("/artefacts/folders/x/b", b"2"),
+        head("DELETE", "/artefacts/folders/x/b"),
+    ):  # fmt: skip
+        assert program.ask(request).status in (201, 204)
+        shown.append(changed())
+        time.sleep(2 * a.TICK / 1e9)
+    assert shown == sorted({*shown})
+
+
 # == Access =======================================================================================
 
 
