@@ -117,6 +117,7 @@ KNOWN = 32_768  # artefacts whose metadata is cached, names of listings, durable
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
 NAMES_AT_ONCE = 10_000  # of a folder: some 1 MB
 SCANS = 5  # times that a folder is read if it changes meanwhile
+PAUSES = (0.0, 0.001, 0.002, 0.004)  # seconds between lookups of a name that is missing on NFS or GlusterFS
 RETRIES = 20  # lookups of a name that another host keeps replacing, and of versions that commits change
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
 
@@ -332,6 +333,19 @@ NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
 OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
+def pauses_of(path: str) -> tuple[float, ...]:
+    """Return PAUSES if a folder is on a file system where a name may be missing while a file is replaced."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:  # proc(5)
+        device = os.stat(path).st_dev
+        for fields in map(bytes.split, mounts):
+            if fields[2] == b"%d:%d" % (os.major(device), os.minor(device)):
+                is_shared = fields[fields.index(b"-") + 1].startswith((b"nfs", b"fuse.glusterfs"))
+                return PAUSES if is_shared else ()
+    return ()
+
+
 def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
     """Retry on ESTALE: on NFS and GlusterFS another host may replace a file between lookup and use."""
 
@@ -407,6 +421,7 @@ class Files:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
         self.root, self.fsync = root, fsync
         self.durable_folders = Bounded[object, bool](KNOWN)  # those whose names are known to be durable
+        self.pauses = pauses_of(root)
         self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
@@ -486,9 +501,11 @@ class Files:
         folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
 
         A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
-        show a name that is replaced after the folder was opened. The result is cached while the folder's
-        own times show no change, unless a change within one tick of the clock could be hidden."""
+        show a name that is replaced after the folder was opened. So is one in which an NFS client has just
+        renamed an open file to `.nfs…`: the name that it had may be missing. The result is cached while the
+        folder's own times show no change, unless a change within one tick of the clock could be hidden."""
         texts: list[str] = []  # the names, some thousands in each
+        start = 0  # of the texts of the current read
         for scan in range(SCANS):
             now, key = time.time_ns(), identity(status := os.fstat(folder))
             if (cached := self._listed.get(key)) is not None:
@@ -501,7 +518,10 @@ class Files:
                 while text := "\0".join(itertools.islice(names, NAMES_AT_ONCE)):
                     texts.append(text)
             settled = now > status.st_ctime_ns + TICK
-            if identity(os.fstat(folder)) == key and (settled or scan):
+            if self.pauses and ".nfs" in "".join(texts[start:]):
+                start = len(texts)
+                time.sleep(self.pauses[scan % len(self.pauses)])
+            elif identity(os.fstat(folder)) == key and (settled or scan):
                 break
         if sum(text.count("\0") + 1 for text in texts) > KNOWN:
             return filter(LISTED.fullmatch, in_order(texts, prefix, after))
@@ -1330,10 +1350,14 @@ class Reader:
             raise
 
     def look_up(self, directory: str, id: str, version: str | None = None) -> Content | None:
-        """Do the same as `find`, but return None if something else has the name. Look twice: on NFS a
-        name is missing for a moment while another host replaces it."""
+        """Do the same as `find`, but return None if something else has the name. On NFS and GlusterFS, look
+        again: the name is missing for a moment while another host replaces the file."""
         with contextlib.suppress(Conflict):
-            return self.find(directory, id, version) or self.find(directory, id, version)
+            for pause in self.files.pauses:
+                if (content := self.find(directory, id, version)) is not None:
+                    return content
+                time.sleep(pause)
+            return self.find(directory, id, version)
         return None
 
     def _versions(self, directory: str, id: str) -> Versions:
@@ -1361,7 +1385,13 @@ class Reader:
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
         """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
         it is no file. `digest`: compute a missing digest."""
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:  # another host may replace it just now
+            if (content := self.look_up(directory, id)) is None:
+                raise
+            with content:
+                return content.digested() if digest else content.artefact
         known = self.metadata.known.get((directory, id, identity(status)))
         if known is not None and (known.sha256 is not None or not digest):
             return known  # the file need not be opened
@@ -1478,6 +1508,8 @@ class Repository(Reader):
         if inherit_access(upload.fd, folder):
             upload.sync()
         name = new.id.rpartition("/")[2]
+        if current is not None:
+            current.close()  # an NFS client renames an open file away before it replaces it
         try:
             status = upload.move(folder, name)
         except IsADirectoryError:  # below it are only empty folders, or `find` would have raised

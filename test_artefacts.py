@@ -1185,6 +1185,33 @@ def test_large_folders_are_listed_as_small_ones(
             assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
 
 
+def test_name_that_is_missing_while_it_is_replaced_is_found(data: Path, repository: a.Repository) -> None:
+    """Rename the file away before it is replaced, as an NFS client does that has it open."""
+    file, away, new = data / "app/x", data / "app/.nfs1", data / ".incoming/new"
+    push(repository, "x", b"there")
+    repository.files.pauses = (0.1,) * 20
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.wait(0.04):
+            new.write_bytes(b"there")
+            file.rename(away)
+            time.sleep(0.003)
+            new.rename(file)
+            away.unlink()
+
+    with ThreadPoolExecutor(1) as other_host:
+        replaced = other_host.submit(replace)
+        try:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                assert fetched(repository, "x") == b"there"
+                assert [found.id for found in repository.artefacts("app")] == ["x"]
+        finally:
+            stop.set()
+        replaced.result(10)
+
+
 @pytest.mark.parametrize(
     ("call", "stale", "expected"),
     [
