@@ -354,8 +354,8 @@ def is_removed(error: OSError) -> bool:
 
 
 class Descriptor:
-    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers
-    to it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
+    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers to
+    it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
 
     __slots__ = ("fd",)
 
@@ -411,8 +411,7 @@ class Files:
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
     def sync(self, fd: int) -> None:
-        """Fsync, unless durability was given up. Never retried: after a failure the kernel has
-        dropped the pages, and a second call would report a success that is none."""
+        """Fsync. Never retried: the kernel has dropped the pages, and a second call would report success."""
         if self.fsync:
             os.fsync(fd)
 
@@ -453,9 +452,9 @@ class Files:
             return self.open_folder(name)
 
     def make_folder(self, *names: str) -> Descriptor:
-        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
-        names of all folders in the path are durable, parents first, also those that exist: their maker may
-        have died before its own fsync."""
+        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. All names
+        in the path are durable, parents first: the maker of one that exists may have died before its
+        fsync."""
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -474,8 +473,8 @@ class Files:
         return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
-        """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
-        BlockingIOError: it is taken, and `wait` is False."""
+        """Take a lock against threads, processes and hosts, until it is closed. BlockingIOError: do not
+        wait."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
         fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -483,11 +482,11 @@ class Files:
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
         """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
-        folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
+        folder, leave out most of those that cannot match `prefix` and `after`, as `walk` has them.
 
-        A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
-        show a name that is replaced after the folder was opened. The result is cached while the folder's
-        own times show no change, unless a change within one tick of the clock could be hidden."""
+        A folder that changes meanwhile is read again, and all names count: btrfs does not show a name that is
+        replaced after the folder was opened. The result is cached while the folder's times do not change,
+        unless they could hide a change within one tick of the clock."""
         texts: list[str] = []  # the names, some thousands in each
         for scan in range(SCANS):
             now, key = time.time_ns(), identity(status := os.fstat(folder))
@@ -512,12 +511,10 @@ class Files:
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
              on_error: OnError | None = None) -> Iterator[tuple[str, int, str]]:
-        """Yield (id, its open folder, its name there) for every file below an open folder, in the
-        order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
-        `inside` is the id of the folder itself, with a slash at its end.
-
-        Do not enter folders in which no id can match. Without `on_error`, raise for a folder that cannot be
-        read, or was removed meanwhile."""
+        """Yield (id, its open folder, its name there) for every file below an open folder whose id begins
+        with `prefix` and sorts after `after`, sorted. Enter only folders in which an id can match. inside:
+        the id of the folder itself, with a slash. longest: bytes of an id. Without `on_error`, raise what it
+        gets."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -542,10 +539,8 @@ class Files:
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a folder of an open folder, with everything below it.
-
-        Folders below are first moved up beside it, so that any depth needs two descriptors and no recursion:
-        shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        """Remove a folder with everything below it. Folders below are first moved up beside it: shutil.rmtree
+        fails at 1,000 levels before Python 3.13, and at read-only folders."""
         names = [name]
         while names:
             name = names.pop()
@@ -623,13 +618,12 @@ def in_the_way(path: str) -> Conflict:
 
 
 def unique_inode(folder: int) -> object:
-    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one,
-    but not its generation. None: the file system has none. ext4, xfs and btrfs have generations; tmpfs,
-    overlayfs, NFS and FUSE do not."""
+    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one, but
+    not its generation. None: the file system has no generations, as tmpfs, overlayfs, NFS and FUSE."""
     status = os.fstat(folder)
     try:
         return status.st_dev, status.st_ino, fcntl.ioctl(folder, FS_IOC_GETVERSION, bytes(8))
-    except OSError:  # mostly ENOTTY. Without a key, the folder is synced each time.
+    except OSError:  # the folder is then synced each time
         return None
 
 
@@ -667,8 +661,8 @@ def read_attribute(fd: int, name: str) -> str:
 
 
 def inherit_access(fd: int, folder: int) -> bool:
-    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
-    had been made there. Return whether anything changed, which the caller then makes durable."""
+    """Give a staging file the group of a setgid folder and its default ACL (acl(5)), as if it were made
+    there. Return whether anything changed, which the caller then makes durable."""
     status, changed = os.fstat(folder), False
     acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
     if status.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != status.st_gid:
@@ -743,16 +737,16 @@ Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two nam
 class Metadata:
     """Caches what is known about files. A changed file is read again.
 
-    Without the cache of attributes, listings take three times as long; without the bytes of small
-    artefacts, fetches take 1.12 times as long."""
+    Without the cache of attributes, listings take three times as long; without the bytes of small artefacts,
+    fetches take 1.12 times as long."""
 
     def __init__(self) -> None:
         self.known = Bounded[Key, Artefact](KNOWN)
         self.small = Bounded[Key, Content](MEMORY)
 
     def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
-        """Return the artefact with the type and digest of the open file's attributes. The digest is
-        None if it is missing, or if the stored one belongs to another size or modification time."""
+        """Return the artefact with the type and digest of the open file's attributes. A digest that belongs
+        to another size or modification time is None."""
         known = self.known.get(key := (directory, id, identity(status)))
         if known is None:
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
@@ -765,9 +759,8 @@ class Metadata:
         return known
 
     def store_digest(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
-        """Store a digest that was computed from an open file, in its attributes if they can be written,
-        and in the cache. `status` is from before the computation: nothing is stored for a file that was
-        changed since. A failure must not fail a fetch; it only costs computing the digest again."""
+        """Store a digest that was computed from an open file, in its attributes if they can be written, and
+        in the cache, unless the file changed since `status`. A failure only costs computing it again."""
         if identity(os.fstat(fd)) == identity(status):
             with contextlib.suppress(OSError):
                 write_digest(fd, artefact, status)
@@ -787,8 +780,7 @@ class Content:
         self._metadata, self._whole = metadata, whole
 
     def digested(self) -> Artefact:
-        """Return the artefact with its digest. Reads the whole file and stores the digest if it is
-        not known yet."""
+        """Return the artefact with its digest. A missing one is computed from the whole file, and stored."""
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
@@ -798,9 +790,8 @@ class Content:
         return self.artefact
 
     def verified(self) -> tuple[Artefact, str]:
-        """Read the whole file. Return the artefact with the digest of its bytes and what they are:
-        "whole", "damaged" (other bytes than stored), "changed" (edited in place) or "new" (never hashed).
-        The digest of a changed or new file is stored."""
+        """Read the whole file. Return the artefact with the digest of its bytes and what they are: "whole",
+        "damaged", "changed" (edited in place) or "new" (never hashed); then the digest is stored."""
         stored = self.artefact.sha256
         if stored is None:
             has_stale_digest = bool(read_attribute(self.file.fd, DIGEST_ATTRIBUTE))
@@ -814,8 +805,7 @@ class Content:
         return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
 
     def renew(self) -> bool:
-        """Store that these bytes were pushed now. Return False if the file has no attributes. The caller
-        makes it durable."""
+        """Store that these bytes were pushed now; the caller fsyncs. Return False without attributes."""
         return write_attribute(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()))
 
     def read(self, start: int, length: int) -> bytes:
@@ -831,8 +821,8 @@ class Content:
             yield piece
 
     def whole(self) -> bytes:
-        """Return all bytes of a SMALL artefact, and cache them unless a change within one tick of the
-        clock could be hidden. Damaged: the file was cut short."""
+        """Return all bytes of a SMALL artefact, as `pieces` does, and cache them unless a change within one
+        tick of the clock could be hidden."""
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
@@ -843,7 +833,7 @@ class Content:
         return self._whole
 
     def detach(self) -> io.FileIO:
-        """Return the file as an object of its own, which the caller closes. This one is then closed."""
+        """Return the file as an object of its own, which the caller closes."""
         return io.FileIO(self.file.release())
 
     def close(self, *_: object) -> None:
@@ -900,8 +890,7 @@ class Upload:
             self._hash_behind()
 
     def copy(self, content: Content) -> None:
-        """Append a stored file: the kernel copies or shares the bytes where it can (copy_file_range).
-        Damaged: the file was cut short. TooLarge: the limit is exceeded."""
+        """Append a stored file. The kernel copies or shares the bytes where it can. Damaged. TooLarge."""
         size = content.artefact.size
         if self.limit is not None and size > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
@@ -932,9 +921,8 @@ class Upload:
         return piece
 
     def equals(self, content: Content) -> bool:
-        """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
-        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact.
-        A file that did not change since is not compared again."""
+        """Return whether a stored file has exactly these bytes. A file that did not change is compared once.
+        The digest only tells what was stored: a push of the same bytes repairs a damaged artefact."""
         if self._equal != identity(content.status):
             pairs = itertools.zip_longest(pieces_from(self.read_at), pieces_from(content.read))
             if any(piece != stored for piece, stored in pairs):
@@ -967,8 +955,7 @@ class Upload:
         self.sealed = True
 
     def sync(self) -> None:
-        """Fsync the file. If that fails the upload is closed: a second fsync would report a success that
-        is none."""
+        """Fsync the file. If that fails the upload is closed, so that nobody tries again."""
         try:
             self._files.sync(self.fd)
         except OSError:
@@ -1001,8 +988,7 @@ class Upload:
 
     @property
     def fd(self) -> int:
-        """Return the descriptor of the staging file, made from the memory if it is missing. The upload
-        closes it."""
+        """Return the descriptor of the staging file, which is made from the memory. The upload closes it."""
         if self._ended:
             raise ValueError("this upload is pushed or closed; stage another one")
         while self._file.fd < 0:
@@ -1024,8 +1010,8 @@ class Upload:
             self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
-        """Return when no thread hashes this upload. A job that has not started is cancelled: it would
-        wait for the hashes of others. An error in the job occurs again where the hash is completed."""
+        """Wait until no thread hashes this upload. A job that has not started is cancelled: it waits for the
+        hashes of others. An error in the job occurs again where the hash is completed."""
         if self._hashing is not None and not self._hashing.cancel():
             self._hashing.exception()
 
@@ -1049,10 +1035,8 @@ class Upload:
 
 
 class Versions:
-    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`.
-
-    The folder's own modification time is that of the newest version. Everything that changes them is
-    called under the directory's lock."""
+    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`. The folder's
+    own modification time is that of the newest. They are changed under the directory's lock."""
 
     def __init__(self, files: Files, directory: str, segments: Sequence[str]) -> None:
         self._files, self._folder, self._name = files, (directory, *segments[:-1]), segments[-1]
@@ -1082,8 +1066,8 @@ class Versions:
             return False
 
     def keep(self, current: Content, newest: int) -> str:
-        """Hard-link the current file under its version name and fsync. If other bytes have the name,
-        use the next microsecond. Return the version. `newest` (µs): the newest time after the commit."""
+        """Hard-link the current file under its version name and fsync. If other bytes have the name, use the
+        next microsecond. Return the version. newest: the newest time (µs) after the commit."""
         version = current.artefact
         with self._files.make_folder(*self._path) as versions:
             while not self._link(current, version, versions):
@@ -1096,8 +1080,8 @@ class Versions:
         return version.version
 
     def _link(self, current: Content, version: Artefact, versions: int) -> bool:
-        """Link the current file, or a copy of it if its time is another one or it belongs to another
-        user (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
+        """Link the current file, or a copy of it if its time is another one or it belongs to another user
+        (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
         name = version.version
         try:
             if version.time == current.artefact.time:
@@ -1140,8 +1124,8 @@ class Versions:
 
 
 class Reader:
-    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode
-    is read to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
+    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode is read
+    to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True) -> None:
         self.files, self.metadata = Files(os.path.realpath(data), fsync), Metadata()
@@ -1168,9 +1152,9 @@ class Reader:
                   matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
-        and `matches`. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot
-        be read is logged, and its id added to `unreadable`, a folder's with a slash. A caller that does not
-        read to the end closes the generator."""
+        and `matches`. NotFound. digests: compute the missing ones. What cannot be read is logged, and its id
+        added to `unreadable`, a folder's with a slash. A caller that does not read to the end closes the
+        generator."""
         on_error = functools.partial(report_unreadable, directory, unreadable)
         with self.open_directory(directory) as folder:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
@@ -1183,8 +1167,8 @@ class Reader:
                         on_error(id, error)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
-        """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
-        such directory. Their digests may not be known. What cannot be read is logged."""
+        """Yield the newest version of each deleted artefact of a directory, by id, with the digest if it is
+        known. NotFound. What cannot be read is logged."""
         self.open_directory(directory).close()
         on_error = functools.partial(report_unreadable, directory, None)
         newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
@@ -1196,8 +1180,8 @@ class Reader:
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
-        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a SMALL
-        one may come from the cache. It is not open: only its digest and `whole()` can be used."""
+        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a
+        SMALL one may come from the cache. It is not open: only its digest and `whole()` can be used."""
         if from_memory and version is None:
             *folders, name = check_names(directory, id)
             with contextlib.suppress(OSError), self.files.open_folder(directory, *folders) as folder:
@@ -1222,8 +1206,7 @@ class Reader:
         return False
 
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
-        """Return all versions, newest first, each with whether it is the current one. NotFound: there
-        is none. Computes the digests that are not known yet."""
+        """Return what `version_names` does, with artefacts for names. Missing digests are computed."""
         for _ in range(SCANS):
             names, found = self.version_names(directory, id), []
             for version, is_current in names:
@@ -1234,8 +1217,7 @@ class Reader:
         return found
 
     def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
-        """Return the names of all versions, newest first, each with whether it is the current one.
-        NotFound: there is none. Opens no version."""
+        """Return all versions, newest first, each with whether it is the current one. NotFound: none."""
         versions, current = self._versions(directory, id), None
         earlier, _ = versions.read()
         for _ in range(RETRIES):
@@ -1330,8 +1312,8 @@ class Reader:
             raise
 
     def look_up(self, directory: str, id: str, version: str | None = None) -> Content | None:
-        """Do the same as `find`, but return None if something else has the name. Look twice: on NFS a
-        name is missing for a moment while another host replaces it."""
+        """Do the same as `find`, but return None if something else has the name. Look twice: on NFS a name is
+        missing for a moment while another host replaces it."""
         with contextlib.suppress(Conflict):
             return self.find(directory, id, version) or self.find(directory, id, version)
         return None
@@ -1344,8 +1326,8 @@ class Reader:
         return Upload(self.files, limit)
 
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
-        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
-        Conflict: something else has the name. `time`: µs, of a version."""
+        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder. Conflict:
+        something else has the name. `time`: µs, of a version."""
         file = Descriptor(os.open(name, READ, dir_fd=folder))
         status = os.fstat(file.fd)
         if stat.S_ISDIR(status.st_mode) and next(self.files.walk(file.fd), None) is None:
@@ -1359,8 +1341,8 @@ class Reader:
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
-        """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
-        it is no file. `digest`: compute a missing digest."""
+        """Return the artefact of this name in an open folder, as `_open` finds it. digest: compute a missing
+        one."""
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         known = self.metadata.known.get((directory, id, identity(status)))
         if known is not None and (known.sha256 is not None or not digest):
@@ -1381,11 +1363,11 @@ def accept_any(current: Content | None) -> None:
 
 
 class Repository(Reader):
-    """Artefacts in directories, as plain files under one data directory. A change is durable when its
-    method returns. Knows nothing of HTTP.
+    """Artefacts in directories, as plain files under one data directory. A change is durable when its method
+    returns. Knows nothing of HTTP.
 
-    Any number of instances, in any number of processes, may work on one data directory: all state is on
-    disk, and every decision is made under a lock of the file system."""
+    Any number of instances, in any number of processes, may work on one data directory: all state is on disk,
+    and every decision is made under a lock of the file system."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
                  keep_versions: int | Callable[[str], int] = 0,
@@ -1393,9 +1375,9 @@ class Repository(Reader):
         """Make the data directory if it is missing, and `sweep`: remove what crashes left. If it cannot be
         written, the log says so, and everything can still be read.
 
-        keep_versions: how many versions before the current one are kept (ALL: every one), or a function
-        of the directory. keep_days: after how many days without a push `expire` deletes an artefact
-        (None: never). fsync: False gives up durability in a power cut."""
+        keep_versions: how many versions before the current one are kept (ALL: every one), or a function of
+        the directory. keep_days: after how many days without a push `expire` deletes an artefact (None:
+        never). fsync: False gives up durability in a power cut."""
         super().__init__(data, fsync=fsync)
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.keep_days = keep_days
@@ -1411,8 +1393,8 @@ class Repository(Reader):
             log.warning("%s cannot be written: %s. Artefacts can only be read.", self.root, error.strerror)
 
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
-        """Raise what a push of `size` bytes would raise now, as far as that is known without the
-        bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
+        """Raise what a push of `size` bytes would raise now, as far as that is known without the bytes: for
+        invalid names, for what is in the way, by `check`, and OutOfSpace."""
         with self.find(directory, id) or NOTHING as current:
             check(current)
         self.check_space(size)
@@ -1426,13 +1408,13 @@ class Repository(Reader):
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
-        """Commit an upload under its name. Return the current artefact and whether it is new. A push
-        of the bytes that are already current, with their type, changes nothing. by_name: the type comes
-        from a name and not from a client.
+        """Commit an upload under its name. Return the current artefact and whether it is new. A push of the
+        bytes that are already current, with their type, changes nothing. by_name: the type comes from a name
+        and not from a client.
 
-        `check` gets the current artefact (or None) under the lock; what it raises is passed on.
-        Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
-        BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
+        `check` gets the current artefact (or None) under the lock; what it raises is passed on. Conflict: a
+        folder is in the way of the artefact, or an artefact in the way of a folder. BlockingIOError: the
+        directory's lock is taken, and `wait` is False (on the event loop)."""
         segments = check_names(directory, id)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
@@ -1462,8 +1444,8 @@ class Repository(Reader):
         return new, current is None
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
-        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the
-        new artefact, whose version is later than all others."""
+        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the new
+        artefact, whose version is later than all others."""
         versions, keep = self._versions(new.directory, new.id), self.keeps(new.directory)
         earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
         if current is not None:
@@ -1495,8 +1477,8 @@ class Repository(Reader):
 
     def restore(self, directory: str, id: str, version: str, *,
                 check: Check = accept_any) -> tuple[Artefact, bool]:
-        """Push the bytes and the type of an earlier version as a new version, as `push` does.
-        NotFound: there is no such version. Damaged: its bytes are not those that were stored."""
+        """Push the bytes and the type of an earlier version as a new version, as `push` does. NotFound: there
+        is no such version. Damaged: its bytes are not those that were stored."""
 
         def check_both(current: Content | None) -> None:
             self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
@@ -1520,8 +1502,8 @@ class Repository(Reader):
 
     def delete(self, directory: str, id: str, *, check: Check = accept_any,
                versions_too: bool = False) -> None:
-        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with
-        all its versions, also if it was deleted before."""
+        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with all
+        its versions, also if it was deleted before."""
         versions, keep = self._versions(directory, id), 0 if versions_too else self.keeps(directory)
         with self._locked(directory), self.look_up(directory, id) or NOTHING as current:
             earlier, newest = versions.read(keep < ALL)
@@ -1554,9 +1536,9 @@ class Repository(Reader):
             self._discard(trash, TRASH, name)
 
     def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
-        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and
-        yield them. Deleted artefacts that have versions left are among them. An artefact that is pushed
-        meanwhile stays. What cannot be deleted is logged. dry_run: only yield them."""
+        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and yield
+        them. Deleted artefacts that have versions left are among them. An artefact that is pushed meanwhile
+        stays. What cannot be deleted is logged. dry_run: only yield them."""
         for directory in self.directories():
             days = self.keep_days(directory)
             if days is None:
@@ -1572,8 +1554,8 @@ class Repository(Reader):
                 report_unreadable(directory, None, "", error)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
-        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
-        push is not before `limit` (µs since the epoch)."""
+        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last push
+        is not before `limit` (µs since the epoch)."""
 
         def check_age(current: Content | None) -> None:
             with current or self.fetch(directory, id, self.version_names(directory, id)[0][0]) as content:
@@ -1599,8 +1581,8 @@ class Repository(Reader):
                     self._discard(folder, own, name)
 
     def _discard(self, folder: int, own: str, name: str) -> None:
-        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
-        and the next sweep tries again."""
+        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so, and
+        the next sweep tries again."""
         try:
             try:
                 with Descriptor(os.open(name, STAGED, dir_fd=folder)) as file:
