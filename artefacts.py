@@ -328,7 +328,6 @@ FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
 NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
-OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
 def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
@@ -399,8 +398,7 @@ class Bounded(dict[K, T]):
 class Files:
     """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
 
-    A folder's path is a sequence of names below the root, a file is a name in an open folder. The caller
-    closes the folders that it gets."""
+    A folder's path is a sequence of names, a file is a name in an open folder. The caller closes both."""
 
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
@@ -509,7 +507,7 @@ class Files:
         return names
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
-             on_error: OnError | None = None) -> Iterator[tuple[str, int, str]]:
+             on_error: Callable[[str, OSError], None] | None = None) -> Iterator[tuple[str, int, str]]:
         """Yield (id, its open folder, its name there) for every file below an open folder whose id begins
         with `prefix` and sorts after `after`, sorted. Enter only folders in which an id can match. inside:
         the id of the folder itself, with a slash. longest: bytes of an id. Without `on_error`, raise what it
@@ -640,6 +638,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
 PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
+Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
 NO_ATTRIBUTES = {
     errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG, errno.ENODATA,
@@ -723,14 +722,9 @@ def sha256_of(fd: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
-
-
 class Metadata:
-    """Caches what is known about files. A changed file is read again.
-
-    Without the cache of attributes, listings take three times as long; without the bytes of small artefacts,
-    fetches take 1.12 times as long."""
+    """Caches what is known about files; a changed file is read again. Without the attributes, listings take
+    three times as long; without the bytes of small artefacts, fetches take 1.12 times as long."""
 
     def __init__(self) -> None:
         self.known = Bounded[Key, Artefact](KNOWN)
@@ -1030,8 +1024,9 @@ class Versions:
     """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`. The folder's
     own modification time is that of the newest. They are changed under the directory's lock."""
 
-    def __init__(self, files: Files, directory: str, segments: Sequence[str]) -> None:
-        self._files, self._folder, self._name = files, (directory, *segments[:-1]), segments[-1]
+    def __init__(self, files: Files, directory: str, id: str) -> None:
+        *folders, self._name = segments = check_names(directory, id)
+        self._files, self._folder = files, (directory, *folders)
         self._path = (directory, VERSIONS, *segments)
 
     @retry_on_estale
@@ -1162,10 +1157,9 @@ class Reader:
         """Yield the newest version of each deleted artefact of a directory, by id, with the digest if it is
         known. NotFound. What cannot be read is logged."""
         self.open_directory(directory).close()
-        on_error = functools.partial(report_unreadable, directory, None)
-        newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
+        newest = dict(self._earlier(directory))  # of one id, the last one is the newest
         stored = ((id, newest[id]) for id in sorted(newest) if id.startswith(prefix) and id > after)
-        for artefact in self._read(directory, stored, lambda content: content.artefact, on_error):
+        for artefact in self._read(directory, stored, lambda content: content.artefact):
             with self.look_up(directory, artefact.id) or NOTHING as current:
                 if current is None:
                     yield artefact
@@ -1210,7 +1204,7 @@ class Reader:
 
     def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
         """Return all versions, newest first, each with whether it is the current one. NotFound: none."""
-        versions, current = self._versions(directory, id), None
+        versions, current = Versions(self.files, directory, id), None
         earlier, _ = versions.read()
         for _ in range(RETRIES):
             with self.look_up(directory, id) or NOTHING as content:
@@ -1237,23 +1231,23 @@ class Reader:
         `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
         for directory in self.directories():
             unreadable: list[str] = []
-            on_error = functools.partial(report_unreadable, directory, unreadable)
             current = ((artefact.id, None) for artefact in self.artefacts(directory, unreadable=unreadable))
-            for stored in (current, self._earlier(directory, on_error)):
+            for stored in (current, self._earlier(directory, unreadable)):
                 try:
-                    yield from self._read(directory, stored, Content.verified, on_error)
+                    yield from self._read(directory, stored, Content.verified, unreadable)
                 except OSError as error:
-                    on_error("", error)
+                    report_unreadable(directory, unreadable, "", error)
                 for id in unreadable:
                     yield Artefact(directory, id, 0, 0, "", None), "unreadable"
                 unreadable.clear()
 
-    def _earlier(self, directory: str, on_error: OnError) -> Iterator[tuple[str, str]]:
+    def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
-        walk, inside, longest = self.files.walk, f"{VERSIONS}/", 2 * MAX_ID
+        inside, walk = f"{VERSIONS}/", self.files.walk
+        on_error = functools.partial(report_unreadable, directory, unreadable)
         try:
             with self.files.open_folder(directory, VERSIONS) as folder:
-                for path, _, version in walk(folder, inside, longest=longest, on_error=on_error):
+                for path, _, version in walk(folder, inside, longest=2 * MAX_ID, on_error=on_error):
                     id = path[len(inside) : -len(version) - 1]
                     if id and is_version(version):
                         yield id, version
@@ -1261,18 +1255,18 @@ class Reader:
             on_error(inside, error)
 
     def _read(self, directory: str, stored: Iterable[tuple[str, str | None]], read: Callable[[Content], T],
-              on_error: OnError) -> Iterator[T]:
+              unreadable: list[str] | None = None) -> Iterator[T]:
         """Yield the results of a function for each (id, version) that can be opened and read."""
         for id, version in stored:
             try:
                 with self.fetch(directory, id, version) as content:
                     result = read(content)
             except (NotFound, InvalidName):  # removed meanwhile; put there by hand
-                pass
+                continue
             except OSError as error:
-                on_error(id, error)
-            else:
-                yield result
+                report_unreadable(directory, unreadable, id, error)
+                continue
+            yield result
 
     # -- lookups --
 
@@ -1309,9 +1303,6 @@ class Reader:
         with contextlib.suppress(Conflict):
             return self.find(directory, id, version) or self.find(directory, id, version)
         return None
-
-    def _versions(self, directory: str, id: str) -> Versions:
-        return Versions(self.files, directory, check_names(directory, id))
 
     def stage(self, limit: int | None = None) -> Upload:
         """Return a new upload of at most `limit` bytes. The caller closes it."""
@@ -1439,7 +1430,7 @@ class Repository(Reader):
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
         """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the new
         artefact, whose version is later than all others."""
-        versions, keep = self._versions(new.directory, new.id), self.keeps(new.directory)
+        versions, keep = Versions(self.files, new.directory, new.id), self.keeps(new.directory)
         earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
         if current is not None:
             newest = max(newest, current.artefact.time)
@@ -1497,33 +1488,37 @@ class Repository(Reader):
                versions_too: bool = False) -> None:
         """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with all
         its versions, also if it was deleted before."""
-        versions, keep = self._versions(directory, id), 0 if versions_too else self.keeps(directory)
-        with self._locked(directory), self.look_up(directory, id) or NOTHING as current:
-            earlier, newest = versions.read(keep < ALL)
-            if current is None and not (versions_too and earlier):
-                raise NotFound(f"'{directory}' has no artefact '{id}'.")
-            check(current)
-            kept = None
-            if current is not None:
-                if keep:
-                    kept = versions.keep(current, max(current.artefact.time, newest))
-                self._unlink(directory, id)
-            versions.prune(earlier, kept, keep)
+        versions, keep = Versions(self.files, directory, id), 0 if versions_too else self.keeps(directory)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.look_up(directory, id) or NOTHING as current:
+                earlier, newest = versions.read(keep < ALL)
+                if current is None and not (versions_too and earlier):
+                    raise NotFound(f"'{directory}' has no artefact '{id}'.")
+                check(current)
+                kept = None
+                if current is not None:
+                    if keep:
+                        kept = versions.keep(current, max(current.artefact.time, newest))
+                    self._unlink(directory, id)
+                versions.prune(earlier, kept, keep)
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
         """Erase one earlier version. NotFound. Conflict: it is the current one."""
-        versions = self._versions(directory, id)
-        with self._locked(directory), self.fetch(directory, id, version) as content:
-            check(content)
-            if version not in versions.read()[0]:
-                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
-            versions.drop([version])
+        versions = Versions(self.files, directory, id)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.fetch(directory, id, version) as content:
+                check(content)
+                if version not in versions.read()[0]:
+                    raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
+                versions.drop([version])
 
     def delete_directory(self, directory: str) -> None:
         """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
-            with explained(directory), self._locked(directory):
+            # Without a directory, no lock file is made. It may be deleted while the lock is awaited.
+            with explained(directory), self.open_directory(directory), self.files.lock(directory):
+                self.open_directory(directory).close()
                 os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
@@ -1608,13 +1603,6 @@ class Repository(Reader):
                     log.warning("'%s' is on another file system: nothing can be pushed to it", directory)
             if not self.keeps(directory) and os.path.exists(f"{self.root}/{directory}/{VERSIONS}"):
                 log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
-
-    def _locked(self, directory: str) -> Descriptor:
-        """Take the lock of a directory. NotFound: it does not exist; then no lock file stays for it."""
-        self.open_directory(directory).close()
-        lock = self.files.lock(directory)
-        self.open_directory(directory).close()  # else it was deleted meanwhile
-        return lock
 
     def _unlink(self, directory: str, id: str) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""
