@@ -108,8 +108,7 @@ LOST_AND_FOUND = "lost+found"  # on every fresh ext4; only root can read it
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
 COPY_PIECE = 16 * 1024 * 1024  # bytes that the kernel copies at once, while a thread hashes behind it
-HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
-HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
+HASH_PIECE = 1024 * 1024  # bytes of an upload that a thread hashes at once, behind its writer
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
@@ -396,9 +395,8 @@ class Bounded(dict[K, T]):
 
 
 class Files:
-    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
-
-    A folder's path is a sequence of names, a file is a name in an open folder. The caller closes both."""
+    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError. A folder's
+    path is a sequence of names; a file is a name in an open folder. The caller closes both."""
 
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
@@ -450,8 +448,7 @@ class Files:
 
     def make_folder(self, *names: str) -> Descriptor:
         """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. All names
-        in the path are durable, parents first: the maker of one that exists may have died before its
-        fsync."""
+        in the path are durable, parents first: the maker of one that exists may have died before."""
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -470,20 +467,18 @@ class Files:
         return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
-        """Take a lock against threads, processes and hosts, until it is closed. BlockingIOError: do not
-        wait."""
+        """Take a lock against threads, processes and hosts. BlockingIOError: it is taken, and not `wait`."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
         fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
-        """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
-        folder, leave out most of those that cannot match `prefix` and `after`, as `walk` has them.
-
-        A folder that changes meanwhile is read again, and all names count: btrfs does not show a name that is
-        replaced after the folder was opened. The result is cached while the folder's times do not change,
-        unless they could hide a change within one tick of the clock."""
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end; of a large
+        one without most of those that cannot match. A folder that changes meanwhile is read again, and all
+        names count: btrfs does not show a name that is replaced after the folder was opened. The result is
+        cached while the folder's times do not change, unless they could hide a change within one tick of the
+        clock."""
         texts: list[str] = []  # the names, sorted, NAMES_AT_ONCE in each
         for scan in range(SCANS):
             now, key = time.time_ns(), identity(status := os.fstat(folder))
@@ -509,9 +504,8 @@ class Files:
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
              on_error: Callable[[str, OSError], None] | None = None) -> Iterator[tuple[str, int, str]]:
         """Yield (id, its open folder, its name there) for every file below an open folder whose id begins
-        with `prefix` and sorts after `after`, sorted. Enter only folders in which an id can match. inside:
-        the id of the folder itself, with a slash. longest: bytes of an id. Without `on_error`, raise what it
-        gets."""
+        with `prefix` and sorts after `after`, sorted. Enter only folders where an id can match. inside: the
+        folder's id, with a slash. longest: bytes of an id. Without `on_error`, raise what it gets."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -570,8 +564,7 @@ class Files:
 
 
 def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterator[str]:
-    """Yield the names in sorted texts (NUL is between them) once each, sorted, for `Files.names`. 1,000,000
-    names need 30 MB as texts, 90 MB as a list."""
+    """Yield the names in sorted texts (NUL is between them) once each, sorted. 1,000,000 take 30 MB."""
     begin, low = (id[: id.find("/") + 1] or id for id in (prefix, after))  # their first segments
 
     def select(text: str) -> Iterator[str]:
@@ -583,20 +576,16 @@ def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterato
         yield name
 
 
-@contextlib.contextmanager
-def explained(directory: str) -> Iterator[None]:
-    """Raise CannotStore where the file system of a directory refuses a name or a rename."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EBUSY):
-            detail = ("is on another file system than the data directory (a mount, an overlay, a project "
-                      "quota): nothing can be moved to or from it. Tell who runs this server.")
-        elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-            detail = "is on a file system that does not accept this name. Choose another."
-        else:
-            raise
-        raise CannotStore(f"The directory '{directory}' {detail}") from error
+def explain_refusal(directory: str, error: OSError) -> NoReturn:
+    """Raise CannotStore if the file system of a directory refused a name or a rename, else the error."""
+    if error.errno in (errno.EXDEV, errno.EBUSY):
+        detail = ("is on another file system than the data directory (a mount, an overlay, a project quota): "
+                  "nothing can be moved to or from it. Tell who runs this server.")
+    elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        detail = "is on a file system that does not accept this name. Choose another."
+    else:
+        raise error
+    raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -731,8 +720,7 @@ class Metadata:
         self.small = Bounded[Key, Content](MEMORY)
 
     def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
-        """Return the artefact with the type and digest of the open file's attributes. A digest that belongs
-        to another size or modification time is None."""
+        """Return the artefact with type and digest from the file's attributes. A stale digest is None."""
         known = self.known.get(key := (directory, id, identity(status)))
         if known is None:
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
@@ -807,8 +795,8 @@ class Content:
             yield piece
 
     def whole(self) -> bytes:
-        """Return all bytes of a SMALL artefact, as `pieces` does, and cache them unless a change within one
-        tick of the clock could be hidden."""
+        """Return all bytes of a SMALL artefact, as `pieces` does. Cache them unless that could hide a
+        change."""
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
@@ -837,12 +825,11 @@ def hash_threads(process: int) -> ThreadPoolExecutor:
 
 
 class Upload:
-    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`; its digest.
-
-    If each upload made its file at once, durable pushes of 1 KiB had 0.6 of their speed: the event loop would
-    wait for the journal. The file has a name, because btrfs before Linux 6.15.3 does not fsync files without
-    one. An upload is pushed once; any use after that raises ValueError. The caller of `Reader.stage` closes
-    it; closing removes a file that was not pushed."""
+    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`. A file for each
+    would cost durable pushes of 1 KiB 0.4 of their speed: the event loop would wait for the journal. It has a
+    name, because btrfs before Linux 6.15.3 does not fsync files without one. An upload is pushed once; any
+    use after that raises ValueError. The caller of `Reader.stage` closes it, which removes a file that was
+    not pushed."""
 
     def __init__(self, files: Files, limit: int | None = None) -> None:
         self.size = 0  # bytes
@@ -864,12 +851,7 @@ class Upload:
             self._memory += data
         else:
             write_all(self.fd, data)
-        self.size += len(data)
-        if self.size <= HASH_INLINE:
-            self._sha256.update(data)
-            self._hashed = self.size
-        else:
-            self._hash_behind()
+        self._grow(len(data))
 
     def copy(self, content: Content) -> None:
         """Append a stored file. The kernel copies or shares the bytes where it can. Damaged. TooLarge."""
@@ -882,8 +864,7 @@ class Upload:
                 copied = os.copy_file_range(content.file.fd, file, COPY_PIECE, self.size)
                 if not copied:
                     raise Damaged(f"'{content.artefact.id}' became shorter while it was copied.")
-                self.size += copied
-                self._hash_behind()
+                self._grow(copied)
         except (OSError, AttributeError) as error:  # not on macOS
             if self.size or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
@@ -991,13 +972,14 @@ class Upload:
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
 
-    def _hash_behind(self) -> None:
+    def _grow(self, length: int) -> None:
+        self.size += length
         if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
             self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
-        """Wait until no thread hashes this upload. A job that has not started is cancelled: it waits for the
-        hashes of others. An error in the job occurs again where the hash is completed."""
+        """Wait until no thread hashes this upload. A job that has not started is cancelled: it waits for
+        others. An error in the job occurs again where the hash is completed."""
         if self._hashing is not None and not self._hashing.cancel():
             self._hashing.exception()
 
@@ -1005,7 +987,7 @@ class Upload:
         # From the page cache and not from a queue: however far the hash falls behind a fast
         # client, it uses no memory and the receiving thread does not wait for it.
         while self._hashed < end and not self._ended:
-            piece = os.pread(self._file.fd, min(HASH_PIECE, end - self._hashed), self._hashed)
+            piece = self.read_at(self._hashed, min(HASH_PIECE, end - self._hashed))
             if not piece:
                 raise Damaged("The staging file became shorter. Push the artefact again.")
             self._sha256.update(piece)
@@ -1101,8 +1083,8 @@ class Versions:
         self._files.remove_while_empty(*self._path)
 
     def prune(self, earlier: Sequence[str], added: str | None, keep: int) -> None:
-        """Erase the oldest of the earlier versions until `keep` remain with the added one, which stays
-        however old it is: a file put there by hand may have any time."""
+        """Erase the oldest of the earlier versions until `keep` remain with the added one. That stays however
+        old it is: a file put there by hand may have any time."""
         others = [name for name in earlier if name != added]
         self.drop(others[: max(0, len(others) + (added is not None) - keep)])
 
@@ -1140,8 +1122,7 @@ class Reader:
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
         and `matches`. NotFound. digests: compute the missing ones. What cannot be read is logged, and its id
-        added to `unreadable`, a folder's with a slash. A caller that does not read to the end closes the
-        generator."""
+        added to `unreadable`, a folder's with a slash. Who does not read to the end closes the generator."""
         on_error = functools.partial(report_unreadable, directory, unreadable)
         with self.open_directory(directory) as folder:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
@@ -1169,11 +1150,14 @@ class Reader:
         """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a
         SMALL one may come from the cache. It is not open: only its digest and `whole()` can be used."""
         if from_memory and version is None:
-            *folders, name = check_names(directory, id)
-            with contextlib.suppress(OSError), self.files.open_folder(directory, *folders) as folder:
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            segments = check_names(directory, id)
+            try:
+                with self.files.open_folder(directory, *segments[:-1]) as folder:
+                    status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
                 if (cached := self.metadata.small.get((directory, id, identity(status)))) is not None:
                     return cached
+            except OSError:  # `look_up` tells why
+                pass
         if (current := self.look_up(directory, id)) is not None:
             if version is None or current.artefact.version == version:
                 return current
@@ -1324,7 +1308,7 @@ class Reader:
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
-        """Return the artefact of this name in an open folder, as `_open` finds it. digest: compute a missing
+        """Return the artefact of this name in an open folder, as `_open` does. digest: compute a missing
         one."""
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         known = self.metadata.known.get((directory, id, identity(status)))
@@ -1346,21 +1330,17 @@ def accept_any(current: Content | None) -> None:
 
 
 class Repository(Reader):
-    """Artefacts in directories, as plain files under one data directory. A change is durable when its method
-    returns. Knows nothing of HTTP.
-
-    Any number of instances, in any number of processes, may work on one data directory: all state is on disk,
-    and every decision is made under a lock of the file system."""
+    """Artefacts in directories, as plain files. A change is durable when its method returns. Knows nothing of
+    HTTP. Any number of instances, in any number of processes, may work on one data directory: all state is on
+    disk, and every decision is made under a lock of the file system."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
                  keep_versions: int | Callable[[str], int] = 0,
                  keep_days: Callable[[str], int | None] = lambda _: None, sweep: bool = True) -> None:
-        """Make the data directory if it is missing, and `sweep`: remove what crashes left. If it cannot be
-        written, the log says so, and everything can still be read.
-
-        keep_versions: how many versions before the current one are kept (ALL: every one), or a function of
-        the directory. keep_days: after how many days without a push `expire` deletes an artefact (None:
-        never). fsync: False gives up durability in a power cut."""
+        """Make the data directory if it is missing, and `sweep`. If it cannot be written, log that: it can
+        still be read. keep_versions: how many versions before the current one are kept (ALL: every one), or a
+        function of the directory. keep_days: after how many days without a push `expire` deletes an artefact.
+        fsync: False gives up durability in a power cut."""
         super().__init__(data, fsync=fsync)
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.keep_days = keep_days
@@ -1376,8 +1356,7 @@ class Repository(Reader):
             log.warning("%s cannot be written: %s. Artefacts can only be read.", self.root, error.strerror)
 
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
-        """Raise what a push of `size` bytes would raise now, as far as that is known without the bytes: for
-        invalid names, for what is in the way, by `check`, and OutOfSpace."""
+        """Raise what a push of `size` bytes would raise now, as far as it is known without the bytes."""
         with self.find(directory, id) or NOTHING as current:
             check(current)
         self.check_space(size)
@@ -1392,12 +1371,10 @@ class Repository(Reader):
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
         """Commit an upload under its name. Return the current artefact and whether it is new. A push of the
-        bytes that are already current, with their type, changes nothing. by_name: the type comes from a name
-        and not from a client.
-
-        `check` gets the current artefact (or None) under the lock; what it raises is passed on. Conflict: a
-        folder is in the way of the artefact, or an artefact in the way of a folder. BlockingIOError: the
-        directory's lock is taken, and `wait` is False (on the event loop)."""
+        current bytes, with their type, changes nothing. by_name: the type comes from a name and not from a
+        client. `check` gets the current artefact (or None) under the lock; what it raises is passed on.
+        Conflict: a folder is in the way of the artefact, or the reverse. BlockingIOError: the directory's
+        lock is taken, and not `wait` (on the event loop)."""
         segments = check_names(directory, id)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
@@ -1408,9 +1385,9 @@ class Repository(Reader):
         with (self.find(directory, id) if self.durable else None) or NOTHING as current:
             if current is None or not upload.equals(current, chosen):
                 upload.seal(new)
-        # 2. Take the directory's lock.
-        with explained(directory), self.files.lock(directory, wait) as lock:
-            with self.find(directory, id) or NOTHING as current:
+        try:
+            # 2. Take the directory's lock.
+            with (lock := self.files.lock(directory, wait)), self.find(directory, id) or NOTHING as current:
                 # 3. Check the preconditions against the current state.
                 check(current)
                 # 4. Make missing folders durable.
@@ -1423,13 +1400,14 @@ class Repository(Reader):
                     else:
                         new = self._replace(upload, new, current, folder)
                     # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
-                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    lock.close()
                     self.files.sync(folder)
-        return new, current is None
+            return new, current is None
+        except OSError as error:
+            explain_refusal(directory, error)
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
-        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the new
-        artefact, whose version is later than all others."""
+        """Keep the current file as a version, and rename the upload over it. Return the new artefact."""
         versions, keep = Versions(self.files, new.directory, new.id), self.keeps(new.directory)
         earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
         if current is not None:
@@ -1461,8 +1439,8 @@ class Repository(Reader):
 
     def restore(self, directory: str, id: str, version: str, *,
                 check: Check = accept_any) -> tuple[Artefact, bool]:
-        """Push the bytes and the type of an earlier version as a new version, as `push` does. NotFound: there
-        is no such version. Damaged: its bytes are not those that were stored."""
+        """Push a copy of an earlier version, with its type, as `promote` does. NotFound: it does not
+        exist."""
 
         def check_both(current: Content | None) -> None:
             self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
@@ -1517,16 +1495,18 @@ class Repository(Reader):
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
             # Without a directory, no lock file is made. It may be deleted while the lock is awaited.
-            with explained(directory), self.open_directory(directory), self.files.lock(directory):
+            with self.open_directory(directory), self.files.lock(directory):
                 self.open_directory(directory).close()
-                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                try:
+                    os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                except OSError as error:
+                    explain_refusal(directory, error)
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
     def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
-        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and yield
-        them. Deleted artefacts that have versions left are among them. An artefact that is pushed meanwhile
-        stays. What cannot be deleted is logged. dry_run: only yield them."""
+        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, also those
+        of deleted artefacts, and yield them. What cannot be deleted is logged. dry_run: only yield them."""
         for directory in self.directories():
             days = self.keep_days(directory)
             if days is None:
@@ -1542,8 +1522,8 @@ class Repository(Reader):
                 report_unreadable(directory, None, "", error)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
-        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last push
-        is not before `limit` (µs since the epoch)."""
+        """Erase an artefact whose last push is before `limit` (µs). Return whether it was, and can be
+        erased."""
 
         def check_age(current: Content | None) -> None:
             with current or self.fetch(directory, id, self.version_names(directory, id)[0][0]) as content:
@@ -1569,8 +1549,8 @@ class Repository(Reader):
                     self._discard(folder, own, name)
 
     def _discard(self, folder: int, own: str, name: str) -> None:
-        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so, and
-        the next sweep tries again."""
+        """Remove a trash folder, or a staging file that no writer locks. Log what the next sweep tries
+        again."""
         try:
             try:
                 with Descriptor(os.open(name, STAGED, dir_fd=folder)) as file:
