@@ -108,8 +108,7 @@ LOST_AND_FOUND = "lost+found"  # on every fresh ext4; only root can read it
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
 COPY_PIECE = 16 * 1024 * 1024  # bytes that the kernel copies at once, while a thread hashes behind it
-HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
-HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
+HASH_PIECE = 1024 * 1024  # bytes of an upload that a thread hashes at once, behind its writer
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
@@ -124,7 +123,6 @@ TICK = 20_000_000  # ns: file times are at least this precise (the kernel's cloc
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
-LAST_NAME = "\U0010ffff" * 256  # sorts after every name
 LISTED = re.compile(SEGMENT.pattern + "/?")  # as `Files.names` returns it
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -330,7 +328,6 @@ FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
 NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
-OnError = Callable[[str, OSError], None]  # gets the id of what cannot be read, and the error
 
 
 def pauses_of(path: str) -> tuple[float, ...]:
@@ -368,8 +365,8 @@ def is_removed(error: OSError) -> bool:
 
 
 class Descriptor:
-    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers
-    to it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
+    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers to
+    it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
 
     __slots__ = ("fd",)
 
@@ -412,10 +409,8 @@ class Bounded(dict[K, T]):
 
 
 class Files:
-    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
-
-    A folder's path is a sequence of names below the root, a file is a name in an open folder. The caller
-    closes the folders that it gets."""
+    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError. A folder's
+    path is a sequence of names; a file is a name in an open folder. The caller closes both."""
 
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
@@ -426,8 +421,7 @@ class Files:
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
     def sync(self, fd: int) -> None:
-        """Fsync, unless durability was given up. Never retried: after a failure the kernel has
-        dropped the pages, and a second call would report a success that is none."""
+        """Fsync. Never retried: the kernel has dropped the pages, and a second call would report success."""
         if self.fsync:
             os.fsync(fd)
 
@@ -468,9 +462,8 @@ class Files:
             return self.open_folder(name)
 
     def make_folder(self, *names: str) -> Descriptor:
-        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
-        names of all folders in the path are durable, parents first, also those that exist: their maker may
-        have died before its own fsync."""
+        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. All names
+        in the path are durable, parents first: the maker of one that exists may have died before."""
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -489,34 +482,32 @@ class Files:
         return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
-        """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
-        BlockingIOError: it is taken, and `wait` is False."""
+        """Take a lock against threads, processes and hosts. BlockingIOError: it is taken, and not `wait`."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
         fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
-        """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
-        folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
-
-        A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
-        show a name that is replaced after the folder was opened. So is one in which an NFS client has just
-        renamed an open file to `.nfs…`: the name that it had may be missing. The result is cached while the
-        folder's own times show no change, unless a change within one tick of the clock could be hidden."""
-        texts: list[str] = []  # the names, some thousands in each
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end; of a large
+        one without most of those that cannot match. A folder that changes meanwhile is read again, and all
+        names count: btrfs does not show a name that is replaced after the folder was opened. So is a folder
+        in which an NFS client has renamed an open file to `.nfs…`: its name may be missing. The result is
+        cached while the folder's times do not change, unless they could hide a change within one tick of the
+        clock."""
+        texts: list[str] = []  # the names, sorted, NAMES_AT_ONCE in each
         start = 0  # of the texts of the current read
         for scan in range(SCANS):
             now, key = time.time_ns(), identity(status := os.fstat(folder))
             if (cached := self._listed.get(key)) is not None:
                 return cached
             with os.scandir(folder) as entries:
-                names = (
+                found = (
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                     for entry in entries
                 )
-                while text := "\0".join(itertools.islice(names, NAMES_AT_ONCE)):
-                    texts.append(text)
+                while names := sorted(itertools.islice(found, NAMES_AT_ONCE)):
+                    texts.append("\0".join(names))
             settled = now > status.st_ctime_ns + TICK
             if self.pauses and ".nfs" in "".join(texts[start:]):
                 start = len(texts)
@@ -525,19 +516,16 @@ class Files:
                 break
         if sum(text.count("\0") + 1 for text in texts) > KNOWN:
             return filter(LISTED.fullmatch, in_order(texts, prefix, after))
-        found = sorted(filter(LISTED.fullmatch, {*"\0".join(texts).split("\0")}))
+        names = [*filter(LISTED.fullmatch, in_order(texts))]
         if not scan:
-            self._listed.keep(key, found, len(found) + 1)
-        return found
+            self._listed.keep(key, names, len(names) + 1)
+        return names
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
-             on_error: OnError | None = None) -> Iterator[tuple[str, int, str]]:
-        """Yield (id, its open folder, its name there) for every file below an open folder, in the
-        order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
-        `inside` is the id of the folder itself, with a slash at its end.
-
-        Do not enter folders in which no id can match. Without `on_error`, raise for a folder that cannot be
-        read, or was removed meanwhile."""
+             on_error: Callable[[str, OSError], None] | None = None) -> Iterator[tuple[str, int, str]]:
+        """Yield (id, its open folder, its name there) for every file below an open folder whose id begins
+        with `prefix` and sorts after `after`, sorted. Enter only folders where an id can match. inside: the
+        folder's id, with a slash. longest: bytes of an id. Without `on_error`, raise what it gets."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -562,10 +550,8 @@ class Files:
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a folder of an open folder, with everything below it.
-
-        Folders below are first moved up beside it, so that any depth needs two descriptors and no recursion:
-        shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        """Remove a folder with everything below it. Folders below are first moved up beside it: shutil.rmtree
+        fails at 1,000 levels before Python 3.13, and at read-only folders."""
         names = [name]
         while names:
             name = names.pop()
@@ -597,37 +583,29 @@ class Files:
                 raise
 
 
-def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
-    """Yield the names in the texts (NUL is between them) once each, sorted: 1 %, then 10 % at a time.
+def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterator[str]:
+    """Yield the names in sorted texts (NUL is between them) once each, sorted. 1,000,000 take 30 MB."""
+    begin, low = (id[: id.find("/") + 1] or id for id in (prefix, after))  # their first segments
 
-    1,000,000 names need 30 MB as texts, 90 MB as a list, and to be sorted twice the time to read them."""
+    def select(text: str) -> Iterator[str]:
+        for match in re.finditer("[^\0]+", text):
+            if (name := match[0]) >= low and name.startswith(begin):
+                yield name
 
-    def names_between(low: str, high: str, step: int = 1) -> list[str]:
-        return sorted({
-            name for text in texts for name in text.split("\0")[::step]
-            if low <= name < high and (name > after or after.startswith(name))
-            and (name.startswith(prefix) or prefix.startswith(name))
-        })
-
-    sample = names_between("", LAST_NAME, step=1000)
-    for low, high in itertools.pairwise(["", *sample[10::100], LAST_NAME]):
-        yield from names_between(low, high)
+    for name, _ in itertools.groupby(heapq.merge(*map(select, texts))):
+        yield name
 
 
-@contextlib.contextmanager
-def explained(directory: str) -> Iterator[None]:
-    """Raise CannotStore where the file system of a directory refuses a name or a rename."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EBUSY):
-            detail = ("is on another file system than the data directory (a mount, an overlay, a project "
-                      "quota): nothing can be moved to or from it. Tell who runs this server.")
-        elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-            detail = "is on a file system that does not accept this name. Choose another."
-        else:
-            raise
-        raise CannotStore(f"The directory '{directory}' {detail}") from error
+def explain_refusal(directory: str, error: OSError) -> NoReturn:
+    """Raise CannotStore if the file system of a directory refused a name or a rename, else the error."""
+    if error.errno in (errno.EXDEV, errno.EBUSY):
+        detail = ("is on another file system than the data directory (a mount, an overlay, a project quota): "
+                  "nothing can be moved to or from it. Tell who runs this server.")
+    elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        detail = "is on a file system that does not accept this name. Choose another."
+    else:
+        raise error
+    raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -643,13 +621,12 @@ def in_the_way(path: str) -> Conflict:
 
 
 def unique_inode(folder: int) -> object:
-    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one,
-    but not its generation. None: the file system has none. ext4, xfs and btrfs have generations; tmpfs,
-    overlayfs, NFS and FUSE do not."""
+    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one, but
+    not its generation. None: the file system has no generations, as tmpfs, overlayfs, NFS and FUSE."""
     status = os.fstat(folder)
     try:
         return status.st_dev, status.st_ino, fcntl.ioctl(folder, FS_IOC_GETVERSION, bytes(8))
-    except OSError:  # mostly ENOTTY. Without a key, the folder is synced each time.
+    except OSError:  # the folder is then synced each time
         return None
 
 
@@ -670,6 +647,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
 PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
+Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
 NO_ATTRIBUTES = {
     errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG, errno.ENODATA,
@@ -687,8 +665,8 @@ def read_attribute(fd: int, name: str) -> str:
 
 
 def inherit_access(fd: int, folder: int) -> bool:
-    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
-    had been made there. Return whether anything changed, which the caller then makes durable."""
+    """Give a staging file the group of a setgid folder and its default ACL (acl(5)), as if it were made
+    there. Return whether anything changed, which the caller then makes durable."""
     status, changed = os.fstat(folder), False
     acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
     if status.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != status.st_gid:
@@ -716,13 +694,9 @@ def write_attribute(fd: int, name: str, value: str) -> bool:
 
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
-    value = f"{artefact.sha256} {stamp_of(status)}{' utf-8' if artefact.is_utf8 else ''}"
+    utf8 = " utf-8" if artefact.is_utf8 else ""
+    value = f"{artefact.sha256} {status.st_size} {status.st_mtime_ns}{utf8}"
     write_attribute(fd, DIGEST_ATTRIBUTE, value)
-
-
-def stamp_of(status: os.stat_result) -> str:
-    """Return the part of the digest attribute that says for which content it was computed."""
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def time_of(status: os.stat_result) -> int:
@@ -757,42 +731,35 @@ def sha256_of(fd: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
-
-
 class Metadata:
-    """Caches what is known about files. A changed file is read again.
-
-    Without the cache of attributes, listings take three times as long; without the bytes of small
-    artefacts, fetches take 1.12 times as long."""
+    """Caches what is known about files; a changed file is read again. Without the attributes, listings take
+    three times as long; without the bytes of small artefacts, fetches take 1.12 times as long."""
 
     def __init__(self) -> None:
         self.known = Bounded[Key, Artefact](KNOWN)
         self.small = Bounded[Key, Content](MEMORY)
 
     def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
-        """Return the artefact with the type and digest of the open file's attributes. The digest is
-        None if it is missing, or if the stored one belongs to another size or modification time."""
+        """Return the artefact with type and digest from the file's attributes. A stale digest is None."""
         known = self.known.get(key := (directory, id, identity(status)))
         if known is None:
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
-            digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
-            is_current = stamp.removesuffix(" utf-8") == stamp_of(status) and SHA256.fullmatch(digest)
-            utf8 = bool(is_current) and stamp.endswith(" utf-8") and type == type_of(id)
-            sha256 = digest if is_current else None
+            digest, *stamp = read_attribute(fd, DIGEST_ATTRIBUTE).split(" ")
+            is_current = stamp[:2] == [str(status.st_size), str(status.st_mtime_ns)]
+            sha256 = digest if is_current and SHA256.fullmatch(digest) else None
+            utf8 = sha256 is not None and stamp[2:] == ["utf-8"] and type == type_of(id)
             known = Artefact(directory, id, status.st_size, time_of(status), type, sha256, utf8)
             self.known.keep(key, known)
         return known
 
     def store_digest(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
-        """Store a digest that was computed from an open file, in its attributes if they can be written,
-        and in the cache. `status` is from before the computation: nothing is stored for a file that was
-        changed since. A failure must not fail a fetch; it only costs computing the digest again."""
+        """Store a digest that was computed from an open file, in its attributes if they can be written, and
+        in the cache, unless the file changed since `status`. A failure only costs computing it again."""
         if identity(os.fstat(fd)) == identity(status):
             with contextlib.suppress(OSError):
                 write_digest(fd, artefact, status)
             after = os.fstat(fd)
-            if stamp_of(after) == stamp_of(status):
+            if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
                 key = artefact.directory, artefact.id, identity(after)
                 self.known.keep(key, replace(artefact, time=time_of(after)))
 
@@ -807,8 +774,7 @@ class Content:
         self._metadata, self._whole = metadata, whole
 
     def digested(self) -> Artefact:
-        """Return the artefact with its digest. Reads the whole file and stores the digest if it is
-        not known yet."""
+        """Return the artefact with its digest. A missing one is computed from the whole file, and stored."""
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
@@ -818,9 +784,8 @@ class Content:
         return self.artefact
 
     def verified(self) -> tuple[Artefact, str]:
-        """Read the whole file. Return the artefact with the digest of its bytes and what they are:
-        "whole", "damaged" (other bytes than stored), "changed" (edited in place) or "new" (never hashed).
-        The digest of a changed or new file is stored."""
+        """Read the whole file. Return the artefact with the digest of its bytes and what they are: "whole",
+        "damaged", "changed" (edited in place) or "new" (never hashed); then the digest is stored."""
         stored = self.artefact.sha256
         if stored is None:
             has_stale_digest = bool(read_attribute(self.file.fd, DIGEST_ATTRIBUTE))
@@ -834,8 +799,7 @@ class Content:
         return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
 
     def renew(self) -> bool:
-        """Store that these bytes were pushed now. Return False if the file has no attributes. The caller
-        makes it durable."""
+        """Store that these bytes were pushed now; the caller fsyncs. Return False without attributes."""
         return write_attribute(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()))
 
     def read(self, start: int, length: int) -> bytes:
@@ -851,8 +815,8 @@ class Content:
             yield piece
 
     def whole(self) -> bytes:
-        """Return all bytes of a SMALL artefact, and cache them unless a change within one tick of the
-        clock could be hidden. Damaged: the file was cut short."""
+        """Return all bytes of a SMALL artefact, as `pieces` does. Cache them unless that could hide a
+        change."""
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
@@ -861,10 +825,6 @@ class Content:
                 key = self.artefact.directory, self.artefact.id, identity(self.status)
                 self._metadata.small.keep(key, cached, cost)
         return self._whole
-
-    def detach(self) -> io.FileIO:
-        """Return the file as an object of its own, which the caller closes. This one is then closed."""
-        return io.FileIO(self.file.release())
 
     def close(self, *_: object) -> None:
         self.file.close()
@@ -885,12 +845,11 @@ def hash_threads(process: int) -> ThreadPoolExecutor:
 
 
 class Upload:
-    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`; its digest.
-
-    If each upload made its file at once, durable pushes of 1 KiB had 0.6 of their speed: the event loop would
-    wait for the journal. The file has a name, because btrfs before Linux 6.15.3 does not fsync files without
-    one. An upload is pushed once; any use after that raises ValueError. The caller of `Reader.stage` closes
-    it; closing removes a file that was not pushed."""
+    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`. A file for each
+    would cost durable pushes of 1 KiB 0.4 of their speed: the event loop would wait for the journal. It has a
+    name, because btrfs before Linux 6.15.3 does not fsync files without one. An upload is pushed once; any
+    use after that raises ValueError. The caller of `Reader.stage` closes it, which removes a file that was
+    not pushed."""
 
     def __init__(self, files: Files, limit: int | None = None) -> None:
         self.size = 0  # bytes
@@ -912,16 +871,10 @@ class Upload:
             self._memory += data
         else:
             write_all(self.fd, data)
-        self.size += len(data)
-        if self.size <= HASH_INLINE:
-            self._sha256.update(data)
-            self._hashed = self.size
-        else:
-            self._hash_behind()
+        self._grow(len(data))
 
     def copy(self, content: Content) -> None:
-        """Append a stored file: the kernel copies or shares the bytes where it can (copy_file_range).
-        Damaged: the file was cut short. TooLarge: the limit is exceeded."""
+        """Append a stored file. The kernel copies or shares the bytes where it can. Damaged. TooLarge."""
         size = content.artefact.size
         if self.limit is not None and size > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
@@ -931,8 +884,7 @@ class Upload:
                 copied = os.copy_file_range(content.file.fd, file, COPY_PIECE, self.size)
                 if not copied:
                     raise Damaged(f"'{content.artefact.id}' became shorter while it was copied.")
-                self.size += copied
-                self._hash_behind()
+                self._grow(copied)
         except (OSError, AttributeError) as error:  # not on macOS
             if self.size or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
@@ -951,10 +903,13 @@ class Upload:
         self._position += len(piece)
         return piece
 
-    def equals(self, content: Content) -> bool:
-        """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
-        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact.
-        A file that did not change since is not compared again."""
+    def equals(self, content: Content, type: str | None) -> bool:
+        """Return whether a stored file has exactly these bytes. A file that did not change is compared once.
+        The digest only tells what was stored: a push of the same bytes repairs a damaged artefact."""
+        if content.artefact.size != self.size or content.digested().sha256 != self.digest():
+            return False
+        if type is not None and HAS_ATTRIBUTES and content.artefact.type != type:
+            return False
         if self._equal != identity(content.status):
             pairs = itertools.zip_longest(pieces_from(self.read_at), pieces_from(content.read))
             if any(piece != stored for piece, stored in pairs):
@@ -987,8 +942,7 @@ class Upload:
         self.sealed = True
 
     def sync(self) -> None:
-        """Fsync the file. If that fails the upload is closed: a second fsync would report a success that
-        is none."""
+        """Fsync the file. If that fails the upload is closed, so that nobody tries again."""
         try:
             self._files.sync(self.fd)
         except OSError:
@@ -1021,8 +975,7 @@ class Upload:
 
     @property
     def fd(self) -> int:
-        """Return the descriptor of the staging file, made from the memory if it is missing. The upload
-        closes it."""
+        """Return the descriptor of the staging file, which is made from the memory. The upload closes it."""
         if self._ended:
             raise ValueError("this upload is pushed or closed; stage another one")
         while self._file.fd < 0:
@@ -1039,13 +992,14 @@ class Upload:
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
 
-    def _hash_behind(self) -> None:
+    def _grow(self, length: int) -> None:
+        self.size += length
         if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
             self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
-        """Return when no thread hashes this upload. A job that has not started is cancelled: it would
-        wait for the hashes of others. An error in the job occurs again where the hash is completed."""
+        """Wait until no thread hashes this upload. A job that has not started is cancelled: it waits for
+        others. An error in the job occurs again where the hash is completed."""
         if self._hashing is not None and not self._hashing.cancel():
             self._hashing.exception()
 
@@ -1053,7 +1007,7 @@ class Upload:
         # From the page cache and not from a queue: however far the hash falls behind a fast
         # client, it uses no memory and the receiving thread does not wait for it.
         while self._hashed < end and not self._ended:
-            piece = os.pread(self._file.fd, min(HASH_PIECE, end - self._hashed), self._hashed)
+            piece = self.read_at(self._hashed, min(HASH_PIECE, end - self._hashed))
             if not piece:
                 raise Damaged("The staging file became shorter. Push the artefact again.")
             self._sha256.update(piece)
@@ -1069,13 +1023,12 @@ class Upload:
 
 
 class Versions:
-    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`.
+    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`. The folder's
+    own modification time is that of the newest. They are changed under the directory's lock."""
 
-    The folder's own modification time is that of the newest version. Everything that changes them is
-    called under the directory's lock."""
-
-    def __init__(self, files: Files, directory: str, segments: Sequence[str]) -> None:
-        self._files, self._folder, self._name = files, (directory, *segments[:-1]), segments[-1]
+    def __init__(self, files: Files, directory: str, id: str) -> None:
+        *folders, self._name = segments = check_names(directory, id)
+        self._files, self._folder = files, (directory, *folders)
         self._path = (directory, VERSIONS, *segments)
 
     @retry_on_estale
@@ -1102,8 +1055,8 @@ class Versions:
             return False
 
     def keep(self, current: Content, newest: int) -> str:
-        """Hard-link the current file under its version name and fsync. If other bytes have the name,
-        use the next microsecond. Return the version. `newest` (µs): the newest time after the commit."""
+        """Hard-link the current file under its version name and fsync. If other bytes have the name, use the
+        next microsecond. Return the version. newest: the newest time (µs) after the commit."""
         version = current.artefact
         with self._files.make_folder(*self._path) as versions:
             while not self._link(current, version, versions):
@@ -1116,8 +1069,8 @@ class Versions:
         return version.version
 
     def _link(self, current: Content, version: Artefact, versions: int) -> bool:
-        """Link the current file, or a copy of it if its time is another one or it belongs to another
-        user (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
+        """Link the current file, or a copy of it if its time is another one or it belongs to another user
+        (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
         name = version.version
         try:
             if version.time == current.artefact.time:
@@ -1150,8 +1103,8 @@ class Versions:
         self._files.remove_while_empty(*self._path)
 
     def prune(self, earlier: Sequence[str], added: str | None, keep: int) -> None:
-        """Erase the oldest of the earlier versions until `keep` remain with the added one, which stays
-        however old it is: a file put there by hand may have any time."""
+        """Erase the oldest of the earlier versions until `keep` remain with the added one. That stays however
+        old it is: a file put there by hand may have any time."""
         others = [name for name in earlier if name != added]
         self.drop(others[: max(0, len(others) + (added is not None) - keep)])
 
@@ -1160,8 +1113,8 @@ class Versions:
 
 
 class Reader:
-    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode
-    is read to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
+    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode is read
+    to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True) -> None:
         self.files, self.metadata = Files(os.path.realpath(data), fsync), Metadata()
@@ -1188,9 +1141,8 @@ class Reader:
                   matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
-        and `matches`. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot
-        be read is logged, and its id added to `unreadable`, a folder's with a slash. A caller that does not
-        read to the end closes the generator."""
+        and `matches`. NotFound. digests: compute the missing ones. What cannot be read is logged, and its id
+        added to `unreadable`, a folder's with a slash. Who does not read to the end closes the generator."""
         on_error = functools.partial(report_unreadable, directory, unreadable)
         with self.open_directory(directory) as folder:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
@@ -1203,27 +1155,29 @@ class Reader:
                         on_error(id, error)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
-        """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
-        such directory. Their digests may not be known. What cannot be read is logged."""
+        """Yield the newest version of each deleted artefact of a directory, by id, with the digest if it is
+        known. NotFound. What cannot be read is logged."""
         self.open_directory(directory).close()
-        on_error = functools.partial(report_unreadable, directory, None)
-        newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
+        newest = dict(self._earlier(directory))  # of one id, the last one is the newest
         stored = ((id, newest[id]) for id in sorted(newest) if id.startswith(prefix) and id > after)
-        for artefact in self._read(directory, stored, lambda content: content.artefact, on_error):
+        for artefact in self._read(directory, stored, lambda content: content.artefact):
             with self.look_up(directory, artefact.id) or NOTHING as current:
                 if current is None:
                     yield artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
-        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a SMALL
-        one may come from the cache. It is not open: only its digest and `whole()` can be used."""
+        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a
+        SMALL one may come from the cache. It is not open: only its digest and `whole()` can be used."""
         if from_memory and version is None:
-            *folders, name = check_names(directory, id)
-            with contextlib.suppress(OSError), self.files.open_folder(directory, *folders) as folder:
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            segments = check_names(directory, id)
+            try:
+                with self.files.open_folder(directory, *segments[:-1]) as folder:
+                    status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
                 if (cached := self.metadata.small.get((directory, id, identity(status)))) is not None:
                     return cached
+            except OSError:  # `look_up` tells why
+                pass
         if (current := self.look_up(directory, id)) is not None:
             if version is None or current.artefact.version == version:
                 return current
@@ -1242,8 +1196,7 @@ class Reader:
         return False
 
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
-        """Return all versions, newest first, each with whether it is the current one. NotFound: there
-        is none. Computes the digests that are not known yet."""
+        """Return what `version_names` does, with artefacts for names. Missing digests are computed."""
         for _ in range(SCANS):
             names, found = self.version_names(directory, id), []
             for version, is_current in names:
@@ -1254,9 +1207,8 @@ class Reader:
         return found
 
     def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
-        """Return the names of all versions, newest first, each with whether it is the current one.
-        NotFound: there is none. Opens no version."""
-        versions, current = self._versions(directory, id), None
+        """Return all versions, newest first, each with whether it is the current one. NotFound: none."""
+        versions, current = Versions(self.files, directory, id), None
         earlier, _ = versions.read()
         for _ in range(RETRIES):
             with self.look_up(directory, id) or NOTHING as content:
@@ -1283,23 +1235,23 @@ class Reader:
         `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
         for directory in self.directories():
             unreadable: list[str] = []
-            on_error = functools.partial(report_unreadable, directory, unreadable)
             current = ((artefact.id, None) for artefact in self.artefacts(directory, unreadable=unreadable))
-            for stored in (current, self._earlier(directory, on_error)):
+            for stored in (current, self._earlier(directory, unreadable)):
                 try:
-                    yield from self._read(directory, stored, Content.verified, on_error)
+                    yield from self._read(directory, stored, Content.verified, unreadable)
                 except OSError as error:
-                    on_error("", error)
+                    report_unreadable(directory, unreadable, "", error)
                 for id in unreadable:
                     yield Artefact(directory, id, 0, 0, "", None), "unreadable"
                 unreadable.clear()
 
-    def _earlier(self, directory: str, on_error: OnError) -> Iterator[tuple[str, str]]:
+    def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
-        walk, inside, longest = self.files.walk, f"{VERSIONS}/", 2 * MAX_ID
+        inside, walk = f"{VERSIONS}/", self.files.walk
+        on_error = functools.partial(report_unreadable, directory, unreadable)
         try:
             with self.files.open_folder(directory, VERSIONS) as folder:
-                for path, _, version in walk(folder, inside, longest=longest, on_error=on_error):
+                for path, _, version in walk(folder, inside, longest=2 * MAX_ID, on_error=on_error):
                     id = path[len(inside) : -len(version) - 1]
                     if id and is_version(version):
                         yield id, version
@@ -1307,18 +1259,18 @@ class Reader:
             on_error(inside, error)
 
     def _read(self, directory: str, stored: Iterable[tuple[str, str | None]], read: Callable[[Content], T],
-              on_error: OnError) -> Iterator[T]:
+              unreadable: list[str] | None = None) -> Iterator[T]:
         """Yield the results of a function for each (id, version) that can be opened and read."""
         for id, version in stored:
             try:
                 with self.fetch(directory, id, version) as content:
                     result = read(content)
             except (NotFound, InvalidName):  # removed meanwhile; put there by hand
-                pass
+                continue
             except OSError as error:
-                on_error(id, error)
-            else:
-                yield result
+                report_unreadable(directory, unreadable, id, error)
+                continue
+            yield result
 
     # -- lookups --
 
@@ -1360,16 +1312,13 @@ class Reader:
             return self.find(directory, id, version)
         return None
 
-    def _versions(self, directory: str, id: str) -> Versions:
-        return Versions(self.files, directory, check_names(directory, id))
-
     def stage(self, limit: int | None = None) -> Upload:
         """Return a new upload of at most `limit` bytes. The caller closes it."""
         return Upload(self.files, limit)
 
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
-        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
-        Conflict: something else has the name. `time`: µs, of a version."""
+        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder. Conflict:
+        something else has the name. `time`: µs, of a version."""
         file = Descriptor(os.open(name, READ, dir_fd=folder))
         status = os.fstat(file.fd)
         if stat.S_ISDIR(status.st_mode) and next(self.files.walk(file.fd), None) is None:
@@ -1383,8 +1332,8 @@ class Reader:
 
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
-        """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
-        it is no file. `digest`: compute a missing digest."""
+        """Return the artefact of this name in an open folder, as `_open` does. digest: compute a missing
+        one."""
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:  # another host may replace it just now
@@ -1411,21 +1360,17 @@ def accept_any(current: Content | None) -> None:
 
 
 class Repository(Reader):
-    """Artefacts in directories, as plain files under one data directory. A change is durable when its
-    method returns. Knows nothing of HTTP.
-
-    Any number of instances, in any number of processes, may work on one data directory: all state is on
+    """Artefacts in directories, as plain files. A change is durable when its method returns. Knows nothing of
+    HTTP. Any number of instances, in any number of processes, may work on one data directory: all state is on
     disk, and every decision is made under a lock of the file system."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
                  keep_versions: int | Callable[[str], int] = 0,
                  keep_days: Callable[[str], int | None] = lambda _: None, sweep: bool = True) -> None:
-        """Make the data directory if it is missing, and `sweep`: remove what crashes left. If it cannot be
-        written, the log says so, and everything can still be read.
-
-        keep_versions: how many versions before the current one are kept (ALL: every one), or a function
-        of the directory. keep_days: after how many days without a push `expire` deletes an artefact
-        (None: never). fsync: False gives up durability in a power cut."""
+        """Make the data directory if it is missing, and `sweep`. If it cannot be written, log that: it can
+        still be read. keep_versions: how many versions before the current one are kept (ALL: every one), or a
+        function of the directory. keep_days: after how many days without a push `expire` deletes an artefact.
+        fsync: False gives up durability in a power cut."""
         super().__init__(data, fsync=fsync)
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.keep_days = keep_days
@@ -1441,8 +1386,7 @@ class Repository(Reader):
             log.warning("%s cannot be written: %s. Artefacts can only be read.", self.root, error.strerror)
 
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
-        """Raise what a push of `size` bytes would raise now, as far as that is known without the
-        bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
+        """Raise what a push of `size` bytes would raise now, as far as it is known without the bytes."""
         with self.find(directory, id) or NOTHING as current:
             check(current)
         self.check_space(size)
@@ -1456,30 +1400,29 @@ class Repository(Reader):
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
-        """Commit an upload under its name. Return the current artefact and whether it is new. A push
-        of the bytes that are already current, with their type, changes nothing. by_name: the type comes
-        from a name and not from a client.
-
-        `check` gets the current artefact (or None) under the lock; what it raises is passed on.
-        Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
-        BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
+        """Commit an upload under its name. Return the current artefact and whether it is new. A push of the
+        current bytes, with their type, changes nothing. by_name: the type comes from a name and not from a
+        client. `check` gets the current artefact (or None) under the lock; what it raises is passed on.
+        Conflict: a folder is in the way of the artefact, or the reverse. BlockingIOError: the directory's
+        lock is taken, and not `wait` (on the event loop)."""
         segments = check_names(directory, id)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
-        stored_type, by_name = type_of(id, type), by_name or specific_type(type) is None
-        utf8 = by_name and is_utf8(id, stored_type, upload.read_at)
+        chosen = specific_type(type)
+        stored_type = chosen or type_of(id)
+        utf8 = (by_name or chosen is None) and is_utf8(id, stored_type, upload.read_at)
         new = Artefact(directory, id, upload.size, current_time(), stored_type, upload.digest(), utf8)
         with (self.find(directory, id) if self.durable else None) or NOTHING as current:
-            if current is None or not is_identical(current, upload, new, type):
+            if current is None or not upload.equals(current, chosen):
                 upload.seal(new)
-        # 2. Take the directory's lock.
-        with explained(directory), self.files.lock(directory, wait) as lock:
-            with self.find(directory, id) or NOTHING as current:
+        try:
+            # 2. Take the directory's lock.
+            with (lock := self.files.lock(directory, wait)), self.find(directory, id) or NOTHING as current:
                 # 3. Check the preconditions against the current state.
                 check(current)
                 # 4. Make missing folders durable.
                 with self.files.make_folder(directory, *segments[:-1]) as folder:
-                    if current is not None and is_identical(current, upload, new, type) and (
+                    if current is not None and upload.equals(current, chosen) and (
                         self.keep_days(directory) is None or current.renew()
                     ):
                         new = current.artefact
@@ -1487,14 +1430,15 @@ class Repository(Reader):
                     else:
                         new = self._replace(upload, new, current, folder)
                     # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
-                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    lock.close()
                     self.files.sync(folder)
-        return new, current is None
+            return new, current is None
+        except OSError as error:
+            explain_refusal(directory, error)
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
-        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the
-        new artefact, whose version is later than all others."""
-        versions, keep = self._versions(new.directory, new.id), self.keeps(new.directory)
+        """Keep the current file as a version, and rename the upload over it. Return the new artefact."""
+        versions, keep = Versions(self.files, new.directory, new.id), self.keeps(new.directory)
         earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
         if current is not None:
             newest = max(newest, current.artefact.time)
@@ -1527,8 +1471,8 @@ class Repository(Reader):
 
     def restore(self, directory: str, id: str, version: str, *,
                 check: Check = accept_any) -> tuple[Artefact, bool]:
-        """Push the bytes and the type of an earlier version as a new version, as `push` does.
-        NotFound: there is no such version. Damaged: its bytes are not those that were stored."""
+        """Push a copy of an earlier version, with its type, as `promote` does. NotFound: it does not
+        exist."""
 
         def check_both(current: Content | None) -> None:
             self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
@@ -1552,43 +1496,49 @@ class Repository(Reader):
 
     def delete(self, directory: str, id: str, *, check: Check = accept_any,
                versions_too: bool = False) -> None:
-        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with
-        all its versions, also if it was deleted before."""
-        versions, keep = self._versions(directory, id), 0 if versions_too else self.keeps(directory)
-        with self._locked(directory), self.look_up(directory, id) or NOTHING as current:
-            earlier, newest = versions.read(keep < ALL)
-            if current is None and not (versions_too and earlier):
-                raise NotFound(f"'{directory}' has no artefact '{id}'.")
-            check(current)
-            kept = None
-            if current is not None:
-                if keep:
-                    kept = versions.keep(current, max(current.artefact.time, newest))
-                self._unlink(directory, id)
-            versions.prune(earlier, kept, keep)
+        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with all
+        its versions, also if it was deleted before."""
+        versions, keep = Versions(self.files, directory, id), 0 if versions_too else self.keeps(directory)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.look_up(directory, id) or NOTHING as current:
+                earlier, newest = versions.read(keep < ALL)
+                if current is None and not (versions_too and earlier):
+                    raise NotFound(f"'{directory}' has no artefact '{id}'.")
+                check(current)
+                kept = None
+                if current is not None:
+                    if keep:
+                        kept = versions.keep(current, max(current.artefact.time, newest))
+                    self._unlink(directory, id)
+                versions.prune(earlier, kept, keep)
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
         """Erase one earlier version. NotFound. Conflict: it is the current one."""
-        versions = self._versions(directory, id)
-        with self._locked(directory), self.fetch(directory, id, version) as content:
-            check(content)
-            if version not in versions.read()[0]:
-                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
-            versions.drop([version])
+        versions = Versions(self.files, directory, id)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.fetch(directory, id, version) as content:
+                check(content)
+                if version not in versions.read()[0]:
+                    raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
+                versions.drop([version])
 
     def delete_directory(self, directory: str) -> None:
         """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
-            with explained(directory), self._locked(directory):
-                os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+            # Without a directory, no lock file is made. It may be deleted while the lock is awaited.
+            with self.open_directory(directory), self.files.lock(directory):
+                self.open_directory(directory).close()
+                try:
+                    os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
+                except OSError as error:
+                    explain_refusal(directory, error)
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
     def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
-        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and
-        yield them. Deleted artefacts that have versions left are among them. An artefact that is pushed
-        meanwhile stays. What cannot be deleted is logged. dry_run: only yield them."""
+        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, also those
+        of deleted artefacts, and yield them. What cannot be deleted is logged. dry_run: only yield them."""
         for directory in self.directories():
             days = self.keep_days(directory)
             if days is None:
@@ -1604,8 +1554,8 @@ class Repository(Reader):
                 report_unreadable(directory, None, "", error)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
-        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
-        push is not before `limit` (µs since the epoch)."""
+        """Erase an artefact whose last push is before `limit` (µs). Return whether it was, and can be
+        erased."""
 
         def check_age(current: Content | None) -> None:
             with current or self.fetch(directory, id, self.version_names(directory, id)[0][0]) as content:
@@ -1631,8 +1581,8 @@ class Repository(Reader):
                     self._discard(folder, own, name)
 
     def _discard(self, folder: int, own: str, name: str) -> None:
-        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
-        and the next sweep tries again."""
+        """Remove a trash folder, or a staging file that no writer locks. Log what the next sweep tries
+        again."""
         try:
             try:
                 with Descriptor(os.open(name, STAGED, dir_fd=folder)) as file:
@@ -1666,13 +1616,6 @@ class Repository(Reader):
             if not self.keeps(directory) and os.path.exists(f"{self.root}/{directory}/{VERSIONS}"):
                 log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
 
-    def _locked(self, directory: str) -> Descriptor:
-        """Take the lock of a directory. NotFound: it does not exist; then no lock file stays for it."""
-        self.open_directory(directory).close()
-        lock = self.files.lock(directory)
-        self.open_directory(directory).close()  # else it was deleted meanwhile
-        return lock
-
     def _unlink(self, directory: str, id: str) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""
         segments = check_names(directory, id)
@@ -1687,15 +1630,6 @@ class Repository(Reader):
         if "/" in id:
             with contextlib.suppress(*MISSING, PermissionError):  # moved by hand; it is not ours
                 os.utime(f"{self.root}/{directory}", follow_symlinks=False)
-
-
-def is_identical(current: Content, upload: Upload, new: Artefact, type: str | None) -> bool:
-    """Return whether the current file has the upload's bytes, and the type if the client chose one."""
-    if current.artefact.size != new.size or current.digested().sha256 != new.sha256:
-        return False
-    if specific_type(type) is not None and HAS_ATTRIBUTES and current.artefact.type != new.type:
-        return False
-    return upload.equals(current)
 
 
 # == HTTP semantics: pure functions of header text and validators =================================
@@ -3553,9 +3487,8 @@ def send_content(req: falcon.Request, resp: falcon.Response, content: Content, s
     else:
         resp.content_length = length
         if "waitress.client_disconnected" in req.env:  # waitress, or our own connection
-            file = content.detach()
+            resp.stream = file = io.FileIO(content.file.release())
             file.seek(start)
-            resp.stream = file
         else:  # some other servers ignore a file's position or Content-Length
             kept, end = Descriptor(content.file.release()), start + length
             resp.stream = (os.pread(kept.fd, min(PIECE, end - at), at) for at in range(start, end, PIECE))

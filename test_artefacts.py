@@ -5040,7 +5040,7 @@ def stalled(self, until, original=artefacts.Upload._hash):
     while not os.path.exists(GO):
         time.sleep(0.01)
     original(self, until)
-artefacts.Upload._hash, artefacts.HASH_INLINE = stalled, 0
+artefacts.Upload._hash = stalled
 """
 
 
