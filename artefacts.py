@@ -576,15 +576,15 @@ def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterato
         yield name
 
 
-def explain_refusal(directory: str, error: OSError) -> NoReturn:
-    """Raise CannotStore if the file system of a directory refused a name or a rename, else the error."""
+def explain_refusal(directory: str, error: OSError) -> None:
+    """Raise CannotStore if the file system of a directory refused a name or a rename."""
     if error.errno in (errno.EXDEV, errno.EBUSY):
         detail = ("is on another file system than the data directory (a mount, an overlay, a project quota): "
                   "nothing can be moved to or from it. Tell who runs this server.")
     elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
         detail = "is on a file system that does not accept this name. Choose another."
     else:
-        raise error
+        return  # the caller raises it: with this frame, it would keep itself and its files open
     raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
@@ -1405,6 +1405,7 @@ class Repository(Reader):
             return new, current is None
         except OSError as error:
             explain_refusal(directory, error)
+            raise
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
         """Keep the current file as a version, and rename the upload over it. Return the new artefact."""
@@ -1501,6 +1502,7 @@ class Repository(Reader):
                     os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 except OSError as error:
                     explain_refusal(directory, error)
+                    raise
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
