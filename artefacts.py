@@ -530,22 +530,25 @@ class Files:
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a folder with everything below it. Folders below are first moved up beside it: shutil.rmtree
+        """Remove a folder with everything below it. Folders below are first moved up into it: shutil.rmtree
         fails at 1,000 levels before Python 3.13, and at read-only folders."""
-        names = [name]
-        while names:
-            name = names.pop()
-            with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-                for entry in [*os.scandir(folder)]:
-                    if entry.is_dir(follow_symlinks=False):
-                        with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
-                            with contextlib.suppress(PermissionError):  # it is not ours
-                                os.fchmod(child, 0o700)  # a read-only folder cannot be moved
-                        names.append(self.unique_name())
-                        os.rename(entry.name, names[-1], src_dir_fd=folder, dst_dir_fd=parent)
-                    else:
-                        os.unlink(entry.name, dir_fd=folder)
-            os.rmdir(name, dir_fd=parent)
+        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as top:
+            folders = ["."]
+            while folders:
+                moved = folders.pop()
+                with Descriptor(os.open(moved, FOLDER, dir_fd=top)) as folder:
+                    for entry in [*os.scandir(folder)]:
+                        if entry.is_dir(follow_symlinks=False):
+                            with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                                with contextlib.suppress(PermissionError):  # it is not ours
+                                    os.fchmod(child, 0o700)  # a read-only folder cannot be moved
+                            folders.append(self.unique_name())
+                            os.rename(entry.name, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
+                        else:
+                            os.unlink(entry.name, dir_fd=folder)
+                if moved != ".":
+                    os.rmdir(moved, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
 
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
