@@ -550,22 +550,25 @@ class Files:
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a folder with everything below it. Folders below are first moved up beside it: shutil.rmtree
+        """Remove a folder with everything below it. Folders below are first moved up into it: shutil.rmtree
         fails at 1,000 levels before Python 3.13, and at read-only folders."""
-        names = [name]
-        while names:
-            name = names.pop()
-            with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-                for entry in [*os.scandir(folder)]:
-                    if entry.is_dir(follow_symlinks=False):
-                        with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
-                            with contextlib.suppress(PermissionError):  # it is not ours
-                                os.fchmod(child, 0o700)  # a read-only folder cannot be moved
-                        names.append(self.unique_name())
-                        os.rename(entry.name, names[-1], src_dir_fd=folder, dst_dir_fd=parent)
-                    else:
-                        os.unlink(entry.name, dir_fd=folder)
-            os.rmdir(name, dir_fd=parent)
+        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as top:
+            folders = ["."]
+            while folders:
+                moved = folders.pop()
+                with Descriptor(os.open(moved, FOLDER, dir_fd=top)) as folder:
+                    for entry in [*os.scandir(folder)]:
+                        if entry.is_dir(follow_symlinks=False):
+                            with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                                with contextlib.suppress(PermissionError):  # it is not ours
+                                    os.fchmod(child, 0o700)  # a read-only folder cannot be moved
+                            folders.append(self.unique_name())
+                            os.rename(entry.name, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
+                        else:
+                            os.unlink(entry.name, dir_fd=folder)
+                if moved != ".":
+                    os.rmdir(moved, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
 
     def remove_while_empty(self, *names: str) -> None:
         """Remove a folder if it is empty, then those above it, but not the first of the path."""
@@ -596,15 +599,15 @@ def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterato
         yield name
 
 
-def explain_refusal(directory: str, error: OSError) -> NoReturn:
-    """Raise CannotStore if the file system of a directory refused a name or a rename, else the error."""
+def explain_refusal(directory: str, error: OSError) -> None:
+    """Raise CannotStore if the file system of a directory refused a name or a rename."""
     if error.errno in (errno.EXDEV, errno.EBUSY):
         detail = ("is on another file system than the data directory (a mount, an overlay, a project quota): "
                   "nothing can be moved to or from it. Tell who runs this server.")
     elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
         detail = "is on a file system that does not accept this name. Choose another."
     else:
-        raise error
+        return  # the caller raises it: with this frame, it would keep itself and its files open
     raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
@@ -1435,6 +1438,7 @@ class Repository(Reader):
             return new, current is None
         except OSError as error:
             explain_refusal(directory, error)
+            raise
 
     def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
         """Keep the current file as a version, and rename the upload over it. Return the new artefact."""
@@ -1533,6 +1537,7 @@ class Repository(Reader):
                     os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 except OSError as error:
                     explain_refusal(directory, error)
+                    raise
                 self.files.sync(root)
             self._discard(trash, TRASH, name)
 
