@@ -110,23 +110,21 @@ LOST_AND_FOUND = "lost+found"  # on every fresh ext4; only root can read it
 ALL = sys.maxsize  # keep_versions: every version
 PIECE = 256 * 1024  # bytes read or copied at once
 COPY_PIECE = 16 * 1024 * 1024  # bytes that the kernel copies at once, while a thread hashes behind it
-HASH_INLINE = 1024 * 1024  # bytes of an upload that are hashed by its writer; the rest by a thread behind it
-HASH_PIECE = 1024 * 1024  # bytes that this thread reads at once
+HASH_PIECE = 1024 * 1024  # bytes of an upload that a thread hashes at once, behind its writer
 HASH_BEHIND = 4 * HASH_PIECE  # bytes staged and not hashed: from here on the hash limits the upload
 MAX_ID = 1024  # bytes of an id; below any usual data directory its path stays within PATH_MAX
 SMALL = 64 * 1024  # bytes: an artefact up to this size is read at once, and cached
-KNOWN = 32_768  # artefacts whose metadata is cached, and names of listings: some 20 MB
+KNOWN = 32_768  # artefacts whose metadata is cached, names of listings, durable folders: some 20 MB
 MEMORY = 8 * 1024 * 1024  # bytes of small artefacts that are cached
 NAMES_AT_ONCE = 10_000  # of a folder: some 1 MB
-OPEN_FOLDERS = 256  # folders that are kept open because their names are known to be durable
 SCANS = 5  # times that a folder is read if it changes meanwhile
+PAUSES = (0.0, 0.001, 0.002, 0.004)  # seconds between lookups of a name that is missing on NFS or GlusterFS
 RETRIES = 20  # lookups of a name that another host keeps replacing, and of versions that commits change
 TICK = 20_000_000  # ns: file times are at least this precise (the kernel's clock ticks every 1 to 10 ms)
 
 HAS_ATTRIBUTES = hasattr(os, "getxattr")  # not on macOS
 
 SEGMENT = re.compile(r"(?!\.)[^\x00-\x1f\x7f-\x9f/\\\ufffd\ud800-\udfff]{1,255}")
-LAST_NAME = "\U0010ffff" * 256  # sorts after every name
 LISTED = re.compile(SEGMENT.pattern + "/?")  # as `Files.names` returns it
 VERSION = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -249,9 +247,6 @@ class Artefact:
     sha256: str | None  # hex; None: not known yet
     is_utf8: bool = False  # whether its type is a text type by its name, and its bytes are known to be UTF-8
 
-    def is_named(self, directory: str, id: str) -> bool:
-        return self.id == id and self.directory == directory
-
     @property
     def version(self) -> str:
         """Return the name of the version, `20261123T014455.123456Z`. Names sort by time."""
@@ -297,17 +292,12 @@ def check_segment(name: str, what: str) -> str:
     raise InvalidName(f"A segment of the {what} {broken}. Choose another name.")
 
 
-def check_directory(name: str) -> str:
-    """Return the name of a directory if it is valid. InvalidName: it breaks a rule."""
-    if name == LOST_AND_FOUND:
-        raise InvalidName(f"'{name}' belongs to the file system. Choose another name.")
-    return check_segment(name, "directory")
-
-
 @functools.lru_cache(1024)
-def check_names(directory: str, id: str) -> tuple[str, ...]:
+def check_names(directory: str, id: str = "-") -> tuple[str, ...]:
     """Return the segments of the id. InvalidName: a name breaks a rule, or the id is too long."""
-    check_directory(directory)
+    if directory == LOST_AND_FOUND:
+        raise InvalidName(f"'{directory}' belongs to the file system. Choose another name.")
+    check_segment(directory, "directory")
     if len(id) > MAX_ID // 4 and len(id.encode(errors="replace")) > MAX_ID:
         raise InvalidName(f"The id is longer than {MAX_ID} bytes. Choose a shorter one.")
     return tuple(check_segment(segment, "id") for segment in id.split("/"))
@@ -336,9 +326,23 @@ READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must
 STAGE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 STAGED = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # NFS locks only what can be written
 LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+FS_IOC_GETVERSION = 0x80087601  # linux/fs.h: the generation of an inode
 NOT_A_FILE = {errno.ENOTDIR, errno.ELOOP, errno.ENXIO}  # opening a link or a socket, or below a file
 MISSING = (FileNotFoundError, NotADirectoryError)
 NOTHING = contextlib.nullcontext()  # for `with … or NOTHING as …`
+
+
+def pauses_of(path: str) -> tuple[float, ...]:
+    """Return PAUSES if a folder is on a file system where a name may be missing while a file is replaced."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as mounts:  # proc(5)
+        device = os.stat(path).st_dev
+        for fields in map(bytes.split, mounts):
+            if fields[2] == b"%d:%d" % (os.major(device), os.minor(device)):
+                is_shared = fields[fields.index(b"-") + 1].startswith((b"nfs", b"fuse.glusterfs"))
+                return PAUSES if is_shared else ()
+    return ()
 
 
 def retry_on_estale(look_up: Callable[P, T]) -> Callable[P, T]:
@@ -362,14 +366,9 @@ def is_removed(error: OSError) -> bool:
     return isinstance(error, MISSING) or error.errno == errno.ESTALE
 
 
-def refuse(id: str, error: OSError) -> None:
-    """Raise the error: what `Files.walk` does by default with what it cannot read."""
-    raise error
-
-
 class Descriptor:
-    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers
-    to it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
+    """A file descriptor. It is closed at the end of a `with` block, by `close()`, or when nothing refers to
+    it. Code that wrote to a file closes it explicitly: only then an error of the close is raised."""
 
     __slots__ = ("fd",)
 
@@ -412,23 +411,19 @@ class Bounded(dict[K, T]):
 
 
 class Files:
-    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError.
-
-    A folder's path is a sequence of names below the root, a file is a name in an open folder. The caller
-    closes the folders that it gets."""
+    """Folders and files below one root. Follows no symbolic link. Any method may raise OSError. A folder's
+    path is a sequence of names; a file is a name in an open folder. The caller closes both."""
 
     def __init__(self, root: str, fsync: bool) -> None:
         """root: an absolute path without links; fsync: False gives up durability in a power cut."""
         self.root, self.fsync = root, fsync
-        # Folders whose names are known to be durable. Each is kept open: no other folder gets the inode
-        # number of an open one, even if another process removes it and makes a new one.
-        self.durable_folders = Bounded[tuple[int, int], Descriptor](OPEN_FOLDERS)
+        self.durable_folders = Bounded[object, bool](KNOWN)  # those whose names are known to be durable
+        self.pauses = pauses_of(root)
         self._listed = Bounded[tuple[int, ...], list[str]](KNOWN)
         self._token, self._number = secrets.token_hex(8), itertools.count()
 
     def sync(self, fd: int) -> None:
-        """Fsync, unless durability was given up. Never retried: after a failure the kernel has
-        dropped the pages, and a second call would report a success that is none."""
+        """Fsync. Never retried: the kernel has dropped the pages, and a second call would report success."""
         if self.fsync:
             os.fsync(fd)
 
@@ -468,21 +463,9 @@ class Files:
                 os.mkdir(f"{self.root}/{name}")
             return self.open_folder(name)
 
-    def is_durable(self, folder: int) -> bool:
-        """Return whether the names of an open folder and of those above it are known to be durable."""
-        return not self.fsync or inode(folder) in self.durable_folders
-
-    def make_folder(self, *names: str, existing: Descriptor | None = None) -> Descriptor:
-        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. The
-        names of all folders in the path are durable, parents first. An existing folder is synced once,
-        too: its maker may have died before its own fsync. `existing`: the folder, if it is open already."""
-        try:
-            folder = existing or self.open_folder(*names)
-            if self.is_durable(folder.fd):
-                return folder
-            folder.close()
-        except MISSING:
-            pass
+    def make_folder(self, *names: str) -> Descriptor:
+        """Return an open folder, made if it is missing. Conflict: a file or a link is in the way. All names
+        in the path are durable, parents first: the maker of one that exists may have died before."""
         folder = self.open_folder()
         for name in names:
             with folder as parent:
@@ -494,56 +477,57 @@ class Files:
                     folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
                 except NotADirectoryError:
                     raise in_the_way("/".join(names[1:])) from None
-                if not self.is_durable(folder.fd):
+                if self.fsync and (key := unique_inode(folder.fd)) not in self.durable_folders:
                     self.sync(parent)
-                    self.durable_folders.keep(inode(folder.fd), Descriptor(os.dup(folder.fd)))
+                    if key is not None:
+                        self.durable_folders.keep(key, True)
         return folder
 
     def lock(self, name: str, wait: bool = True) -> Descriptor:
-        """Take a lock against threads, processes and hosts. The caller closes it, which releases it.
-        BlockingIOError: it is taken, and `wait` is False."""
+        """Take a lock against threads, processes and hosts. BlockingIOError: it is taken, and not `wait`."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
         fcntl.flock(lock.fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
 
     def names(self, folder: int, prefix: str = "", after: str = "") -> Iterable[str]:
-        """Return the valid names in an open folder, sorted, a folder's with a slash at its end. Of a large
-        folder, leaves out most of those that cannot match `prefix` and `after`, as `walk` has them.
-
-        A folder that changes meanwhile is read again, and the names of all reads count: btrfs does not
-        show a name that is replaced after the folder was opened. The result is cached while the folder's
-        own times show no change, unless a change within one tick of the clock could be hidden."""
-        texts: list[str] = []  # the names, some thousands in each
+        """Return the valid names in an open folder, sorted, a folder's with a slash at its end; of a large
+        one without most of those that cannot match. A folder that changes meanwhile is read again, and all
+        names count: btrfs does not show a name that is replaced after the folder was opened. So is a folder
+        in which an NFS client has renamed an open file to `.nfs…`: its name may be missing. The result is
+        cached while the folder's times do not change, unless they could hide a change within one tick of the
+        clock."""
+        texts: list[str] = []  # the names, sorted, NAMES_AT_ONCE in each
+        start = 0  # of the texts of the current read
         for scan in range(SCANS):
             now, key = time.time_ns(), identity(status := os.fstat(folder))
             if (cached := self._listed.get(key)) is not None:
                 return cached
             with os.scandir(folder) as entries:
-                names = (
+                found = (
                     entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
                     for entry in entries
                 )
-                while text := "\0".join(itertools.islice(names, NAMES_AT_ONCE)):
-                    texts.append(text)
+                while names := sorted(itertools.islice(found, NAMES_AT_ONCE)):
+                    texts.append("\0".join(names))
             settled = now > status.st_ctime_ns + TICK
-            if identity(os.fstat(folder)) == key and (settled or scan):
+            if self.pauses and ".nfs" in "".join(texts[start:]):
+                start = len(texts)
+                time.sleep(self.pauses[scan % len(self.pauses)])
+            elif identity(os.fstat(folder)) == key and (settled or scan):
                 break
         if sum(text.count("\0") + 1 for text in texts) > KNOWN:
             return filter(LISTED.fullmatch, in_order(texts, prefix, after))
-        found = sorted(filter(LISTED.fullmatch, {*"\0".join(texts).split("\0")}))
+        names = [*filter(LISTED.fullmatch, in_order(texts))]
         if not scan:
-            self._listed.keep(key, found, len(found) + 1)
-        return found
+            self._listed.keep(key, names, len(names) + 1)
+        return names
 
     def walk(self, folder: int, inside: str = "", prefix: str = "", after: str = "", longest: int = MAX_ID,
-             on_error: Callable[[str, OSError], None] = refuse) -> Iterator[tuple[str, int, str]]:
-        """Yield (id, its open folder, its name there) for every file below an open folder, in the
-        order of ids: those that begin with `prefix` and sort after `after`, `longest` bytes at most.
-        `inside` is the id of the folder itself, with a slash at its end.
-
-        Does not enter folders in which no id can match. Calls `on_error` with the id of a folder that cannot
-        be read, or was removed meanwhile, and with the error."""
+             on_error: Callable[[str, OSError], None] | None = None) -> Iterator[tuple[str, int, str]]:
+        """Yield (id, its open folder, its name there) for every file below an open folder whose id begins
+        with `prefix` and sorts after `after`, sorted. Enter only folders where an id can match. inside: the
+        folder's id, with a slash. longest: bytes of an id. Without `on_error`, raise what it gets."""
         after_here = after[len(inside) :] if after.startswith(inside) else ""
         try:
             names = self.names(folder, prefix[len(inside) :], after_here)
@@ -563,49 +547,29 @@ class Files:
                     with Descriptor(os.open(name[:-1], FOLDER, dir_fd=folder)) as child:
                         yield from self.walk(child, id, prefix, after, longest, on_error)
                 except OSError as error:
+                    if on_error is None:
+                        raise
                     on_error(id, error)
 
     def remove_tree(self, parent: int, name: str) -> None:
-        """Remove a file, or a folder with everything below it, from an open folder.
-
-        Folders are first moved up into the outermost one, so that any depth needs few descriptors and no
-        recursion: shutil.rmtree fails at 1,000 levels before Python 3.13, and at read-only folders."""
-        if not is_folder(parent, name):
-            os.unlink(name, dir_fd=parent)
-            return
-        with open_writable(parent, name) as top:
+        """Remove a folder with everything below it. Folders below are first moved up into it: shutil.rmtree
+        fails at 1,000 levels before Python 3.13, and at read-only folders."""
+        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as top:
             folders = ["."]
             while folders:
                 moved = folders.pop()
-                with open_writable(top, moved) as folder:
-                    for child in os.listdir(folder):
-                        if is_folder(folder, child):
-                            open_writable(folder, child).close()  # a read-only folder cannot be moved
+                with Descriptor(os.open(moved, FOLDER, dir_fd=top)) as folder:
+                    for entry in [*os.scandir(folder)]:
+                        if entry.is_dir(follow_symlinks=False):
+                            with Descriptor(os.open(entry.name, FOLDER, dir_fd=folder)) as child:
+                                with contextlib.suppress(PermissionError):  # it is not ours
+                                    os.fchmod(child, 0o700)  # a read-only folder cannot be moved
                             folders.append(self.unique_name())
-                            os.rename(child, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
+                            os.rename(entry.name, folders[-1], src_dir_fd=folder, dst_dir_fd=top)
                         else:
-                            os.unlink(child, dir_fd=folder)
+                            os.unlink(entry.name, dir_fd=folder)
                 if moved != ".":
                     os.rmdir(moved, dir_fd=top)
-        os.rmdir(name, dir_fd=parent)
-        self.close_removed()
-
-    def close_removed(self) -> None:
-        """Close the durable folders that were removed: an open one prevents a remount as read-only."""
-        for key, folder in tuple(self.durable_folders.items()):
-            try:
-                removed = not os.fstat(folder.fd).st_nlink
-            except OSError as error:
-                if not (removed := is_removed(error)):
-                    raise
-            if removed:
-                self.durable_folders.pop(key, None)
-
-    def remove_empty(self, parent: int, name: str) -> None:
-        """Remove a folder below which there are only empty folders, as a crash may leave them."""
-        with Descriptor(os.open(name, FOLDER, dir_fd=parent)) as folder:
-            for child in os.listdir(folder):
-                self.remove_empty(folder, child)
         os.rmdir(name, dir_fd=parent)
 
     def remove_while_empty(self, *names: str) -> None:
@@ -613,64 +577,40 @@ class Files:
         parents = [self.open_folder(names[0])]
         for name in names[1:-1]:
             parents.append(Descriptor(os.open(name, FOLDER, dir_fd=parents[-1].fd)))
-        for name in reversed(names[1:]):
-            try:
+        try:
+            for name in reversed(names[1:]):
                 with parents.pop() as parent:
                     os.rmdir(name, dir_fd=parent)
-            except OSError as error:
-                # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
-                # EBUSY: something is mounted there.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
-                    raise
-                break
-        self.close_removed()
+        except OSError as error:
+            # ENOENT: it was removed by hand, or is missing on one of GlusterFS's replicas only.
+            # EBUSY: something is mounted there.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY):
+                raise
 
 
-def in_order(texts: list[str], prefix: str, after: str) -> Iterator[str]:
-    """Yield the names in the texts (NUL is between them) once each, sorted: 1 %, then 10 % at a time.
+def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterator[str]:
+    """Yield the names in sorted texts (NUL is between them) once each, sorted. 1,000,000 take 30 MB."""
+    begin, low = (id[: id.find("/") + 1] or id for id in (prefix, after))  # their first segments
 
-    1,000,000 names need 30 MB as texts, 90 MB as a list, and to be sorted twice the time to read them."""
+    def select(text: str) -> Iterator[str]:
+        for match in re.finditer("[^\0]+", text):
+            if (name := match[0]) >= low and name.startswith(begin):
+                yield name
 
-    def names_between(low: str, high: str, step: int = 1) -> list[str]:
-        return sorted({
-            name for text in texts for name in text.split("\0")[::step]
-            if low <= name < high and (name > after or after.startswith(name))
-            and (name.startswith(prefix) or prefix.startswith(name))
-        })
-
-    sample = names_between("", LAST_NAME, step=1000)
-    for low, high in itertools.pairwise(["", *sample[10::100], LAST_NAME]):
-        yield from names_between(low, high)
-
-
-def is_folder(parent: int, name: str) -> bool:
-    return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-
-
-def open_writable(parent: int, name: str) -> Descriptor:
-    """Return an open folder whose permissions allow to remove what is in it, if it is ours."""
-    folder = Descriptor(os.open(name, FOLDER, dir_fd=parent))
-    try:
-        os.fchmod(folder.fd, 0o700)
-    except PermissionError:
-        pass
-    except OSError:  # which is logged, and the log may keep it with this frame
-        folder.close()
-        raise
-    return folder
+    for name, _ in itertools.groupby(heapq.merge(*map(select, texts))):
+        yield name
 
 
 def explain_refusal(directory: str, error: OSError) -> None:
-    """Raise CannotStore if the file system of a directory refused a name or a rename with this error."""
+    """Raise CannotStore if the file system of a directory refused a name or a rename."""
     if error.errno in (errno.EXDEV, errno.EBUSY):
-        raise CannotStore(
-            f"The directory '{directory}' is on another file system than the data directory (a mount, an "
-            "overlay, a project quota): nothing can be moved to or from it. Tell who runs this server."
-        ) from error
-    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-        raise CannotStore(
-            f"The file system of the directory '{directory}' does not accept this name. Choose another."
-        ) from error
+        detail = ("is on another file system than the data directory (a mount, an overlay, a project quota): "
+                  "nothing can be moved to or from it. Tell who runs this server.")
+    elif error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        detail = "is on a file system that does not accept this name. Choose another."
+    else:
+        return  # the caller raises it: with this frame, it would keep itself and its files open
+    raise CannotStore(f"The directory '{directory}' {detail}") from error
 
 
 def report_unreadable(directory: str, unreadable: list[str] | None, id: str, error: OSError) -> None:
@@ -685,9 +625,14 @@ def in_the_way(path: str) -> Conflict:
     return Conflict(f"Something that is no artefact (a folder, a file, a link) is in the way of '{path}'.")
 
 
-def inode(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
+def unique_inode(folder: int) -> object:
+    """Return a key that no other folder ever has: a new folder may get the inode number of a removed one, but
+    not its generation. None: the file system has no generations, as tmpfs, overlayfs, NFS and FUSE."""
+    status = os.fstat(folder)
+    try:
+        return status.st_dev, status.st_ino, fcntl.ioctl(folder, FS_IOC_GETVERSION, bytes(8))
+    except OSError:  # the folder is then synced each time
+        return None
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:
@@ -707,6 +652,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 TYPE_ATTRIBUTE = "user.mime_type"  # freedesktop.org's name
 DIGEST_ATTRIBUTE = "user.artefacts.sha256"  # "<hex> <size> <mtime in ns>", and " utf-8" for `is_utf8`
 PUSHED_ATTRIBUTE = "user.artefacts.pushed"  # µs since the epoch: the last push of bytes that were current
+Key = tuple[str, str, tuple[int, ...]]  # directory, id (a file can have two names), `identity` of the file
 # Errors of a file system that has no attributes, or none for us. The cache in memory replaces them.
 NO_ATTRIBUTES = {
     errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOSYS, errno.E2BIG, errno.ENODATA,
@@ -724,8 +670,8 @@ def read_attribute(fd: int, name: str) -> str:
 
 
 def inherit_access(fd: int, folder: int) -> bool:
-    """Give a staging file the group of a setgid folder and the folder's default ACL (acl(5)), as if it
-    had been made there. Return whether anything changed, which the caller then makes durable."""
+    """Give a staging file the group of a setgid folder and its default ACL (acl(5)), as if it were made
+    there. Return whether anything changed, which the caller then makes durable."""
     status, changed = os.fstat(folder), False
     acl = read_attribute(folder, "system.posix_acl_default").encode("latin-1")
     if status.st_mode & stat.S_ISGID and os.fstat(fd).st_gid != status.st_gid:
@@ -753,13 +699,9 @@ def write_attribute(fd: int, name: str, value: str) -> bool:
 
 
 def write_digest(fd: int, artefact: Artefact, status: os.stat_result) -> None:
-    value = f"{artefact.sha256} {stamp_of(status)}{' utf-8' if artefact.is_utf8 else ''}"
+    utf8 = " utf-8" if artefact.is_utf8 else ""
+    value = f"{artefact.sha256} {status.st_size} {status.st_mtime_ns}{utf8}"
     write_attribute(fd, DIGEST_ATTRIBUTE, value)
-
-
-def stamp_of(status: os.stat_result) -> str:
-    """Return the part of the digest attribute that says for which content it was computed."""
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def time_of(status: os.stat_result) -> int:
@@ -767,20 +709,20 @@ def time_of(status: os.stat_result) -> int:
     return min(max(status.st_mtime_ns // 1000, 0), LAST_TIME)
 
 
-def file_pieces(fd: int) -> Iterator[bytes]:
-    """Yield the bytes of an open file, PIECE at a time."""
+def pieces_from(read: Callable[[int, int], bytes]) -> Iterator[bytes]:
+    """Yield all bytes that a function (of the first byte and the length) reads, PIECE at a time."""
     start = 0
-    while piece := os.pread(fd, PIECE, start):
+    while piece := read(start, PIECE):
         yield piece
         start += len(piece)
 
 
-def is_utf8(id: str, type: str, pieces: Iterable[bytes]) -> bool:
+def is_utf8(id: str, type: str, read: Callable[[int, int], bytes]) -> bool:
     """Return whether a file has a text type by its name, and its bytes are UTF-8."""
     if not type.startswith("text/") or type != type_of(id):
         return False
     try:
-        for _ in codecs.iterdecode(pieces, "utf-8"):
+        for _ in codecs.iterdecode(pieces_from(read), "utf-8"):
             pass
         return True
     except UnicodeDecodeError:
@@ -789,51 +731,42 @@ def is_utf8(id: str, type: str, pieces: Iterable[bytes]) -> bool:
 
 def sha256_of(fd: int) -> str:
     """Return the SHA-256 of an open file, in hex. Reads the whole file."""
-    digest = hashlib.sha256()
-    for piece in file_pieces(fd):
-        digest.update(piece)
-    return digest.hexdigest()
+    with io.FileIO(fd, closefd=False) as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Metadata:
-    """Caches what is known about files, by their `identity`: a changed file is read again.
-
-    Without the cache of attributes, listings take three times as long; without the bytes of small
-    artefacts, fetches take 1.12 times as long."""
+    """Caches what is known about files; a changed file is read again. Without the attributes, listings take
+    three times as long; without the bytes of small artefacts, fetches take 1.12 times as long."""
 
     def __init__(self) -> None:
-        self.known = Bounded[tuple[int, ...], Artefact](KNOWN)
-        self.small = Bounded[tuple[int, ...], Content](MEMORY)
-
-    def cached(self, directory: str, id: str, status: os.stat_result) -> Artefact | None:
-        """Return the artefact if it is in the cache under this name: a file can have two names."""
-        known = self.known.get(identity(status))
-        return known if known is not None and known.is_named(directory, id) else None
+        self.known = Bounded[Key, Artefact](KNOWN)
+        self.small = Bounded[Key, Content](MEMORY)
 
     def read(self, directory: str, id: str, fd: int, status: os.stat_result) -> Artefact:
-        """Return the artefact with the type and digest of the open file's attributes. The digest is
-        None if it is missing, or if the stored one belongs to another size or modification time."""
-        known = self.cached(directory, id, status)
+        """Return the artefact with type and digest from the file's attributes. A stale digest is None."""
+        known = self.known.get(key := (directory, id, identity(status)))
         if known is None:
             type = type_of(id, read_attribute(fd, TYPE_ATTRIBUTE))
-            digest, _, stamp = read_attribute(fd, DIGEST_ATTRIBUTE).partition(" ")
-            is_current = stamp.removesuffix(" utf-8") == stamp_of(status) and SHA256.fullmatch(digest)
-            utf8 = bool(is_current) and stamp.endswith(" utf-8") and type == type_of(id)
-            sha256 = digest if is_current else None
+            digest, *stamp = read_attribute(fd, DIGEST_ATTRIBUTE).split(" ")
+            is_current = stamp[:2] == [str(status.st_size), str(status.st_mtime_ns)]
+            sha256 = digest if is_current and SHA256.fullmatch(digest) else None
+            utf8 = sha256 is not None and stamp[2:] == ["utf-8"] and type == type_of(id)
             known = Artefact(directory, id, status.st_size, time_of(status), type, sha256, utf8)
-            self.known.keep(identity(status), known)
+            self.known.keep(key, known)
         return known
 
     def store_digest(self, fd: int, artefact: Artefact, status: os.stat_result) -> None:
-        """Store a digest that was computed from an open file, in its attributes if they can be written,
-        and in the cache. `status` is from before the computation: nothing is stored for a file that was
-        changed since. A failure must not fail a fetch; it only costs computing the digest again."""
+        """Store a digest that was computed from an open file, in its attributes if they can be written, and
+        in the cache, unless the file changed since `status`. A failure only costs computing it again."""
         if identity(os.fstat(fd)) == identity(status):
             with contextlib.suppress(OSError):
                 write_digest(fd, artefact, status)
             after = os.fstat(fd)
-            if stamp_of(after) == stamp_of(status):
-                self.known.keep(identity(after), replace(artefact, time=time_of(after)))
+            if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+                key = artefact.directory, artefact.id, identity(after)
+                self.known.keep(key, replace(artefact, time=time_of(after)))
 
 
 class Content:
@@ -846,21 +779,18 @@ class Content:
         self._metadata, self._whole = metadata, whole
 
     def digested(self) -> Artefact:
-        """Return the artefact with its digest. Reads the whole file and stores the digest if it is
-        not known yet."""
+        """Return the artefact with its digest. A missing one is computed from the whole file, and stored."""
         if self.artefact.sha256 is None:
             # A change within one tick of the file system's clock would have the same time.
             time.sleep(min(max(0, self.status.st_mtime_ns + TICK - time.time_ns()), TICK) / 1e9)
-            fd, artefact = self.file.fd, self.artefact
-            utf8 = is_utf8(artefact.id, artefact.type, file_pieces(fd))
-            self.artefact = replace(artefact, sha256=sha256_of(fd), is_utf8=utf8)
+            utf8 = is_utf8(self.artefact.id, self.artefact.type, self.read)
+            self.artefact = replace(self.artefact, sha256=sha256_of(self.file.fd), is_utf8=utf8)
             self._metadata.store_digest(self.file.fd, self.artefact, self.status)
         return self.artefact
 
     def verified(self) -> tuple[Artefact, str]:
-        """Read the whole file. Return the artefact with the digest of its bytes and what they are:
-        "whole", "damaged" (other bytes than stored), "changed" (edited in place) or "new" (never hashed).
-        The digest of a changed or new file is stored."""
+        """Read the whole file. Return the artefact with the digest of its bytes and what they are: "whole",
+        "damaged", "changed" (edited in place) or "new" (never hashed); then the digest is stored."""
         stored = self.artefact.sha256
         if stored is None:
             has_stale_digest = bool(read_attribute(self.file.fd, DIGEST_ATTRIBUTE))
@@ -874,8 +804,7 @@ class Content:
         return max(self.artefact.time, int(renewed) if re.fullmatch("[0-9]{1,18}", renewed) else 0)
 
     def renew(self) -> bool:
-        """Store that these bytes were pushed now. Return False if the file has no attributes. The caller
-        makes it durable."""
+        """Store that these bytes were pushed now; the caller fsyncs. Return False without attributes."""
         return write_attribute(self.file.fd, PUSHED_ATTRIBUTE, str(current_time()))
 
     def read(self, start: int, length: int) -> bytes:
@@ -891,19 +820,16 @@ class Content:
             yield piece
 
     def whole(self) -> bytes:
-        """Return all bytes of a SMALL artefact, and cache them unless a change within one tick of the
-        clock could be hidden. Damaged: the file was cut short."""
+        """Return all bytes of a SMALL artefact, as `pieces` does. Cache them unless that could hide a
+        change."""
         if self._whole is None:
             self._whole = b"".join(self.pieces())
             if self.artefact.sha256 is not None and time.time_ns() >= self.status.st_ctime_ns + TICK:
                 cached = Content(self._metadata, self.artefact, NO_FILE, self.status, self._whole)
                 cost = len(self._whole) + 2048  # with the objects around them
-                self._metadata.small.keep(identity(self.status), cached, cost)
+                key = self.artefact.directory, self.artefact.id, identity(self.status)
+                self._metadata.small.keep(key, cached, cost)
         return self._whole
-
-    def detach(self) -> io.FileIO:
-        """Return the file as an object of its own, which the caller closes. This one is then closed."""
-        return io.FileIO(self.file.release())
 
     def close(self, *_: object) -> None:
         self.file.close()
@@ -924,12 +850,11 @@ def hash_threads(process: int) -> ThreadPoolExecutor:
 
 
 class Upload:
-    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`; its digest.
-
-    If each upload made its file at once, durable pushes of 1 KiB had 0.6 of their speed: the event loop would
-    wait for the journal. The file has a name, because btrfs before Linux 6.15.3 does not fsync files without
-    one. An upload is pushed once; any use after that raises ValueError. The caller of `Reader.stage` closes
-    it; closing removes a file that was not pushed."""
+    """A body on its way in: up to PIECE bytes in memory, then a staging file in `.incoming/`. A file for each
+    would cost durable pushes of 1 KiB 0.4 of their speed: the event loop would wait for the journal. It has a
+    name, because btrfs before Linux 6.15.3 does not fsync files without one. An upload is pushed once; any
+    use after that raises ValueError. The caller of `Reader.stage` closes it, which removes a file that was
+    not pushed."""
 
     def __init__(self, files: Files, limit: int | None = None) -> None:
         self.size = 0  # bytes
@@ -938,9 +863,10 @@ class Upload:
         self.sealed = False  # whether the file is complete and durable
         self._files, self._memory = files, bytearray()
         self._file, self._name, self._incoming = NO_FILE, "", NO_FILE
-        self._sha256, self._hashed, self._read = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
+        self._sha256, self._hashed, self._position = hashlib.sha256(), 0, 0  # bytes hashed; bytes read
         self._hashing: Future[None] | None = None
         self._ended = False  # pushed or closed
+        self._equal: tuple[int, ...] = ()  # the identity of a file with the same bytes
 
     def write(self, data: bytes | memoryview) -> None:
         """Append to the file. TooLarge: the limit is exceeded."""
@@ -950,16 +876,10 @@ class Upload:
             self._memory += data
         else:
             write_all(self.fd, data)
-        self.size += len(data)
-        if self.size <= HASH_INLINE:
-            self._sha256.update(data)
-            self._hashed = self.size
-        else:
-            self._hash_behind()
+        self._grow(len(data))
 
     def copy(self, content: Content) -> None:
-        """Append a stored file: the kernel copies or shares the bytes where it can (copy_file_range).
-        Damaged: the file was cut short. TooLarge: the limit is exceeded."""
+        """Append a stored file. The kernel copies or shares the bytes where it can. Damaged. TooLarge."""
         size = content.artefact.size
         if self.limit is not None and size > self.limit:
             raise TooLarge(f"At most {self.limit} bytes are accepted here. The artefact has {size}.")
@@ -969,31 +889,38 @@ class Upload:
                 copied = os.copy_file_range(content.file.fd, file, COPY_PIECE, self.size)
                 if not copied:
                     raise Damaged(f"'{content.artefact.id}' became shorter while it was copied.")
-                self.size += copied
-                self._hash_behind()
+                self._grow(copied)
         except (OSError, AttributeError) as error:  # not on macOS
             if self.size or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             for piece in content.pieces():
                 self.write(piece)
 
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes of what was written, from its start: at most `size`, or all if negative."""
-        piece = self._part(self._read, self.size if size < 0 else size)
-        self._read += len(piece)
+    def read_at(self, start: int, length: int) -> bytes:
+        """Return at most `length` of the bytes that were written, from byte `start` on."""
+        if self._file.fd < 0:
+            return bytes(self._memory[start : start + length])
+        return os.pread(self._file.fd, length, start)
+
+    def read(self, length: int) -> bytes:
+        """Return the next bytes of what was written, from its start: at most `length`."""
+        piece = self.read_at(self._position, length)
+        self._position += len(piece)
         return piece
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield all bytes that were written, PIECE at a time."""
-        for start in range(0, self.size, PIECE):
-            yield self._part(start, PIECE)
-
-    def equals(self, content: Content) -> bool:
-        """Return whether a stored file has exactly these bytes. The bytes are compared, not the digests:
-        a digest only tells what was stored, and a push of the same bytes repairs a damaged artefact."""
-        return self.size == content.artefact.size and all(
-            piece == content.read(number * PIECE, PIECE) for number, piece in enumerate(self.pieces())
-        )
+    def equals(self, content: Content, type: str | None) -> bool:
+        """Return whether a stored file has exactly these bytes. A file that did not change is compared once.
+        The digest only tells what was stored: a push of the same bytes repairs a damaged artefact."""
+        if content.artefact.size != self.size or content.digested().sha256 != self.digest():
+            return False
+        if type is not None and HAS_ATTRIBUTES and content.artefact.type != type:
+            return False
+        if self._equal != identity(content.status):
+            pairs = itertools.zip_longest(pieces_from(self.read_at), pieces_from(content.read))
+            if any(piece != stored for piece, stored in pairs):
+                return False
+            self._equal = identity(content.status)
+        return True
 
     def verify(self, length: int | None, sha256: str | None) -> None:
         """Raise Mismatch if the written bytes have another length or digest than the ones given."""
@@ -1020,8 +947,7 @@ class Upload:
         self.sealed = True
 
     def sync(self) -> None:
-        """Fsync the file. If that fails the upload is closed: a second fsync would report a success that
-        is none."""
+        """Fsync the file. If that fails the upload is closed, so that nobody tries again."""
         try:
             self._files.sync(self.fd)
         except OSError:
@@ -1052,15 +978,9 @@ class Upload:
                 with contextlib.suppress(FileNotFoundError):  # removed by a sweep
                     os.unlink(name, dir_fd=incoming)
 
-    def _part(self, start: int, size: int) -> bytes:
-        if self._file.fd < 0:
-            return bytes(self._memory[start : start + size])
-        return os.pread(self._file.fd, size, start)
-
     @property
     def fd(self) -> int:
-        """Return the descriptor of the staging file, made from the memory if it is missing. The upload
-        closes it."""
+        """Return the descriptor of the staging file, which is made from the memory. The upload closes it."""
         if self._ended:
             raise ValueError("this upload is pushed or closed; stage another one")
         while self._file.fd < 0:
@@ -1077,13 +997,14 @@ class Upload:
             self._file.close()  # a sweep came between the file and its lock: it removes this one
         return self._file.fd
 
-    def _hash_behind(self) -> None:
+    def _grow(self, length: int) -> None:
+        self.size += length
         if self.size - self._hashed >= HASH_PIECE and (self._hashing is None or self._hashing.done()):
             self._hashing = hash_threads(os.getpid()).submit(self._hash, self.size)
 
     def _end_hashing(self) -> None:
-        """Return when no thread hashes this upload. A job that has not started is cancelled: it would
-        wait for the hashes of others. An error in the job occurs again where the hash is completed."""
+        """Wait until no thread hashes this upload. A job that has not started is cancelled: it waits for
+        others. An error in the job occurs again where the hash is completed."""
         if self._hashing is not None and not self._hashing.cancel():
             self._hashing.exception()
 
@@ -1091,7 +1012,7 @@ class Upload:
         # From the page cache and not from a queue: however far the hash falls behind a fast
         # client, it uses no memory and the receiving thread does not wait for it.
         while self._hashed < end and not self._ended:
-            piece = os.pread(self._file.fd, min(HASH_PIECE, end - self._hashed), self._hashed)
+            piece = self.read_at(self._hashed, min(HASH_PIECE, end - self._hashed))
             if not piece:
                 raise Damaged("The staging file became shorter. Push the artefact again.")
             self._sha256.update(piece)
@@ -1107,25 +1028,29 @@ class Upload:
 
 
 class Versions:
-    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`.
+    """The earlier versions of one artefact: files named after their times, in `.versions/<id>/`. The folder's
+    own modification time is that of the newest. They are changed under the directory's lock."""
 
-    The folder's own modification time is that of the newest version. Everything that changes them is
-    called under the directory's lock."""
-
-    def __init__(self, files: Files, directory: str, segments: Sequence[str]) -> None:
-        self._files, self._folder, self._name = files, (directory, *segments[:-1]), segments[-1]
+    def __init__(self, files: Files, directory: str, id: str) -> None:
+        *folders, self._name = segments = check_names(directory, id)
+        self._files, self._folder = files, (directory, *folders)
         self._path = (directory, VERSIONS, *segments)
 
     @retry_on_estale
-    def names(self) -> list[str]:
-        """Return the names of the versions, oldest first."""
-        with contextlib.suppress(*MISSING):
-            with self._files.open_folder(*self._path) as folder, os.scandir(folder) as entries:
-                return sorted(
-                    entry.name for entry in entries
-                    if is_version(entry.name) and entry.is_file(follow_symlinks=False)
-                )
-        return []
+    def read(self, with_names: bool = True) -> tuple[list[str], int]:
+        """Return the names of the versions, oldest first, and the newest time (µs), -1 if there is none.
+        Without names, of which there may be thousands, the list is empty."""
+        names: list[str] = []
+        with contextlib.suppress(*MISSING), self._files.open_folder(*self._path) as folder:
+            newest = time_of(os.fstat(folder))
+            if with_names:
+                with os.scandir(folder) as entries:
+                    names = sorted(
+                        entry.name for entry in entries
+                        if is_version(entry.name) and entry.is_file(follow_symlinks=False)
+                    )
+            return names, max(newest, version_time(names[-1]) if names else -1)
+        return [], -1
 
     def may_exist(self, folder: int) -> bool:
         """Return False if there is no version for certain. `folder`: the artefact's open folder."""
@@ -1134,17 +1059,9 @@ class Versions:
         except FileNotFoundError:
             return False
 
-    @retry_on_estale
-    def newest_time(self) -> int:
-        """Return the time (µs) of the newest version, -1 if there is none. Does not read the names,
-        which may be thousands."""
-        with contextlib.suppress(*MISSING), self._files.open_folder(*self._path) as folder:
-            return time_of(os.fstat(folder))
-        return -1
-
     def keep(self, current: Content, newest: int) -> str:
-        """Hard-link the current file under its version name and fsync. If other bytes have the name,
-        use the next microsecond. Return the version. `newest` (µs): the newest time after the commit."""
+        """Hard-link the current file under its version name and fsync. If other bytes have the name, use the
+        next microsecond. Return the version. newest: the newest time (µs) after the commit."""
         version = current.artefact
         with self._files.make_folder(*self._path) as versions:
             while not self._link(current, version, versions):
@@ -1157,8 +1074,8 @@ class Versions:
         return version.version
 
     def _link(self, current: Content, version: Artefact, versions: int) -> bool:
-        """Link the current file, or a copy of it if its time is another one or it belongs to another
-        user (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
+        """Link the current file, or a copy of it if its time is another one or it belongs to another user
+        (fs.protected_hardlinks). Return whether its bytes have the version's name now."""
         name = version.version
         try:
             if version.time == current.artefact.time:
@@ -1191,8 +1108,8 @@ class Versions:
         self._files.remove_while_empty(*self._path)
 
     def prune(self, earlier: Sequence[str], added: str | None, keep: int) -> None:
-        """Erase the oldest of the earlier versions until `keep` remain with the added one, which stays
-        however old it is: a file put there by hand may have any time."""
+        """Erase the oldest of the earlier versions until `keep` remain with the added one. That stays however
+        old it is: a file put there by hand may have any time."""
         others = [name for name in earlier if name != added]
         self.drop(others[: max(0, len(others) + (added is not None) - keep)])
 
@@ -1201,8 +1118,8 @@ class Versions:
 
 
 class Reader:
-    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode
-    is read to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
+    """Reads the artefacts below one data directory. Takes no lock: one file is opened, and that inode is read
+    to its end. Every method checks the names that it is given (InvalidName) and may raise OSError."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True) -> None:
         self.files, self.metadata = Files(os.path.realpath(data), fsync), Metadata()
@@ -1220,17 +1137,17 @@ class Reader:
     def changed(self, directory: str) -> str:
         """Return when the names in a directory last changed (RFC 3339); "" if it was removed meanwhile."""
         with contextlib.suppress(FileNotFoundError):
-            status = os.lstat(f"{self.root}/{check_directory(directory)}")
-            return Artefact(directory, "", 0, time_of(status), "", None).modified
+            check_names(directory)
+            time = time_of(os.lstat(f"{self.root}/{directory}"))
+            return Artefact(directory, "", 0, time, "", None).modified
         return ""
 
     def artefacts(self, directory: str, *, prefix: str = "", after: str = "", digests: bool = False,
                   matches: Callable[[str], object] | None = None,
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
-        and `matches`. NotFound: there is no such directory. `digests`: compute the missing ones. What cannot
-        be read is logged, and its id added to `unreadable`, a folder's with a slash. A caller that does not
-        read to the end closes the generator."""
+        and `matches`. NotFound. digests: compute the missing ones. What cannot be read is logged, and its id
+        added to `unreadable`, a folder's with a slash. Who does not read to the end closes the generator."""
         on_error = functools.partial(report_unreadable, directory, unreadable)
         with self.open_directory(directory) as folder:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
@@ -1243,50 +1160,48 @@ class Reader:
                         on_error(id, error)
 
     def deleted(self, directory: str, *, prefix: str = "", after: str = "") -> Iterator[Artefact]:
-        """Yield the newest version of each deleted artefact of a directory, by id. NotFound: there is no
-        such directory. Their digests may not be known. What cannot be read is logged."""
+        """Yield the newest version of each deleted artefact of a directory, by id, with the digest if it is
+        known. NotFound. What cannot be read is logged."""
         self.open_directory(directory).close()
-        on_error = functools.partial(report_unreadable, directory, None)
-        newest = dict(self._earlier(directory, on_error))  # of one id, the last one is the newest
+        newest = dict(self._earlier(directory))  # of one id, the last one is the newest
         stored = ((id, newest[id]) for id in sorted(newest) if id.startswith(prefix) and id > after)
-        for artefact in self._read(directory, stored, lambda content: content.artefact, on_error):
-            with self.look_up(directory, check_names(directory, artefact.id)) or NOTHING as current:
+        for artefact in self._read(directory, stored, lambda content: content.artefact):
+            with self.look_up(directory, artefact.id) or NOTHING as current:
                 if current is None:
                     yield artefact
 
     def fetch(self, directory: str, id: str, version: str | None = None,
               from_memory: bool = False) -> Content:
-        """Open an artefact: the current one or the given version. The caller closes it. NotFound.
-
-        from_memory: a SMALL artefact may come from the cache if its file is unchanged. Then it is not
-        open, and only its digest and `whole()` can be used."""
-        segments = check_names(directory, id)
-        if from_memory and version is None and (cached := self._find_small(directory, segments, id)):
-            return cached
-        if (current := self.look_up(directory, segments)) is not None:
+        """Open an artefact: the current one or a version. The caller closes it. NotFound. from_memory: a
+        SMALL one may come from the cache. It is not open: only its digest and `whole()` can be used."""
+        if from_memory and version is None:
+            segments = check_names(directory, id)
+            try:
+                with self.files.open_folder(directory, *segments[:-1]) as folder:
+                    status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
+                if (cached := self.metadata.small.get((directory, id, identity(status)))) is not None:
+                    return cached
+            except OSError:  # `look_up` tells why
+                pass
+        if (current := self.look_up(directory, id)) is not None:
             if version is None or current.artefact.version == version:
                 return current
             current.close()
         if version is None:
             raise NotFound(f"'{directory}' has no artefact '{id}'.")
         # The current artefact was looked up first: it becomes a version before it is replaced.
-        earlier = self.look_up(directory, (VERSIONS, *segments, version), id, version_time(version))
-        if earlier is None:
+        if (earlier := self.look_up(directory, id, version)) is None:
             raise NotFound(f"'{id}' has no version '{version}'. ?versions lists them.")
         return earlier
 
-    @retry_on_estale
     def has_folder(self, directory: str, id: str) -> bool:
         """Return whether a folder has this name below a directory, maybe without an artefact."""
-        try:
-            self.files.open_folder(directory, *check_names(directory, id)).close()
-        except MISSING:
-            return False
-        return True
+        with contextlib.suppress(NotFound), self.open_directory(directory, *check_names(directory, id)):
+            return True
+        return False
 
     def versions(self, directory: str, id: str) -> list[tuple[Artefact, bool]]:
-        """Return all versions, newest first, each with whether it is the current one. NotFound: there
-        is none. Computes the digests that are not known yet."""
+        """Return what `version_names` does, with artefacts for names. Missing digests are computed."""
         for _ in range(SCANS):
             names, found = self.version_names(directory, id), []
             for version, is_current in names:
@@ -1297,15 +1212,13 @@ class Reader:
         return found
 
     def version_names(self, directory: str, id: str) -> list[tuple[str, bool]]:
-        """Return the names of all versions, newest first, each with whether it is the current one.
-        NotFound: there is none. Opens no version."""
-        segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
-        earlier, current = versions.names(), None
+        """Return all versions, newest first, each with whether it is the current one. NotFound: none."""
+        versions, current = Versions(self.files, directory, id), None
+        earlier, _ = versions.read()
         for _ in range(RETRIES):
-            with self.look_up(directory, segments) or NOTHING as content:
+            with self.look_up(directory, id) or NOTHING as content:
                 current = content and content.artefact.version
-            before, earlier = earlier, versions.names()
+            before, (earlier, _) = earlier, versions.read()
             if earlier == before:
                 break  # else a commit made the current one an earlier one meanwhile
         else:
@@ -1327,24 +1240,23 @@ class Reader:
         `Content.verified` says, or "unreadable" (a folder, too) for a reason that the log tells."""
         for directory in self.directories():
             unreadable: list[str] = []
-            on_error = functools.partial(report_unreadable, directory, unreadable)
             current = ((artefact.id, None) for artefact in self.artefacts(directory, unreadable=unreadable))
-            for stored in (current, self._earlier(directory, on_error)):
+            for stored in (current, self._earlier(directory, unreadable)):
                 try:
-                    yield from self._read(directory, stored, Content.verified, on_error)
+                    yield from self._read(directory, stored, Content.verified, unreadable)
                 except OSError as error:
-                    on_error("", error)
+                    report_unreadable(directory, unreadable, "", error)
                 for id in unreadable:
                     yield Artefact(directory, id, 0, 0, "", None), "unreadable"
                 unreadable.clear()
 
-    def _earlier(self, directory: str,
-                 on_error: Callable[[str, OSError], None]) -> Iterator[tuple[str, str]]:
+    def _earlier(self, directory: str, unreadable: list[str] | None = None) -> Iterator[tuple[str, str]]:
         """Yield (id, version) for every earlier version in a directory."""
-        walk, inside, longest = self.files.walk, f"{VERSIONS}/", 2 * MAX_ID
+        inside, walk = f"{VERSIONS}/", self.files.walk
+        on_error = functools.partial(report_unreadable, directory, unreadable)
         try:
             with self.files.open_folder(directory, VERSIONS) as folder:
-                for path, _, version in walk(folder, inside, longest=longest, on_error=on_error):
+                for path, _, version in walk(folder, inside, longest=2 * MAX_ID, on_error=on_error):
                     id = path[len(inside) : -len(version) - 1]
                     if id and is_version(version):
                         yield id, version
@@ -1352,57 +1264,57 @@ class Reader:
             on_error(inside, error)
 
     def _read(self, directory: str, stored: Iterable[tuple[str, str | None]], read: Callable[[Content], T],
-              on_error: Callable[[str, OSError], None]) -> Iterator[T]:
+              unreadable: list[str] | None = None) -> Iterator[T]:
         """Yield the results of a function for each (id, version) that can be opened and read."""
         for id, version in stored:
             try:
                 with self.fetch(directory, id, version) as content:
                     result = read(content)
             except (NotFound, InvalidName):  # removed meanwhile; put there by hand
-                pass
+                continue
             except OSError as error:
-                on_error(id, error)
-            else:
-                yield result
+                report_unreadable(directory, unreadable, id, error)
+                continue
+            yield result
 
     # -- lookups --
 
     @retry_on_estale
-    def open_directory(self, directory: str) -> Descriptor:
-        """Return an open directory. The caller closes it. NotFound."""
-        check_directory(directory)
+    def open_directory(self, directory: str, *folders: str) -> Descriptor:
+        """Return an open directory, or a folder in it. The caller closes it. NotFound."""
+        check_names(directory)
         try:
-            return self.files.open_folder(directory)
+            return self.files.open_folder(directory, *folders)
         except MISSING:
             detail = f"The directory '{directory}' does not exist. It is created by the first push."
             raise NotFound(detail) from None
 
     @retry_on_estale
-    def open_path(self, directory: str, path: Sequence[str], id: str = "",
-                  time: int | None = None) -> tuple[Descriptor | None, Content | None]:
-        """Open the folder and the file at a path below a directory: each None if it is missing. The
-        caller closes both. Conflict: something else has the name. `id` and `time` (µs): of a version."""
-        id, folder = id or "/".join(path), None
+    def find(self, directory: str, id: str, version: str | None = None) -> Content | None:
+        """Open the current artefact, or an earlier version (NotFound: the text is none). The caller closes
+        it. Return None if there is none. Conflict: something else has the name."""
+        path, time = check_names(directory, id), None
+        if version is not None:
+            path, time = (VERSIONS, *path, version), version_time(version)
         try:
-            folder = self.files.open_folder(directory, *path[:-1])
-            return folder, self._open(folder.fd, path[-1], directory, id, time)
+            with self.files.open_folder(directory, *path[:-1]) as folder:
+                return self._open(folder, path[-1], directory, id, time)
         except FileNotFoundError:
-            return folder, None
+            return None
         except OSError as error:
             if error.errno in NOT_A_FILE:
                 raise in_the_way(id) from None
             raise
 
-    def look_up(self, directory: str, path: Sequence[str], id: str = "",
-                time: int | None = None) -> Content | None:
-        """Open a file as `open_path` does, or return None if something else has the name. It is looked up
-        twice: on NFS a name is missing for a moment while another host replaces it."""
+    def look_up(self, directory: str, id: str, version: str | None = None) -> Content | None:
+        """Do the same as `find`, but return None if something else has the name. On NFS and GlusterFS, look
+        again: the name is missing for a moment while another host replaces the file."""
         with contextlib.suppress(Conflict):
-            for _ in range(2):
-                folder, content = self.open_path(directory, path, id, time)
-                with folder or NOTHING:
-                    if content is not None:
-                        return content
+            for pause in self.files.pauses:
+                if (content := self.find(directory, id, version)) is not None:
+                    return content
+                time.sleep(pause)
+            return self.find(directory, id, version)
         return None
 
     def stage(self, limit: int | None = None) -> Upload:
@@ -1410,8 +1322,8 @@ class Reader:
         return Upload(self.files, limit)
 
     def _open(self, folder: int, name: str, directory: str, id: str, time: int | None = None) -> Content:
-        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder.
-        Conflict: something else has the name. `time`: µs, of a version."""
+        """Open a file in an open folder. FileNotFoundError: there is none, or only an empty folder. Conflict:
+        something else has the name. `time`: µs, of a version."""
         file = Descriptor(os.open(name, READ, dir_fd=folder))
         status = os.fstat(file.fd)
         if stat.S_ISDIR(status.st_mode) and next(self.files.walk(file.fd), None) is None:
@@ -1423,23 +1335,18 @@ class Reader:
             artefact = replace(artefact, time=time)
         return Content(self.metadata, artefact, file, status)
 
-    def _find_small(self, directory: str, segments: Sequence[str], id: str) -> Content | None:
-        """Return a cached artefact if its file is unchanged. None also if the file cannot be looked up:
-        opening it tells why."""
-        try:
-            with self.files.open_folder(directory, *segments[:-1]) as folder:
-                status = os.stat(segments[-1], dir_fd=folder, follow_symlinks=False)
-        except OSError:
-            return None
-        content = self.metadata.small.get(identity(status))
-        return content if content and content.artefact.is_named(directory, id) else None
-
     @retry_on_estale
     def _describe(self, folder: int, name: str, directory: str, id: str, digest: bool) -> Artefact:
-        """Return the artefact of this name in an open folder. FileNotFoundError: it was removed. Conflict:
-        it is no file. `digest`: compute a missing digest."""
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        known = self.metadata.cached(directory, id, status)
+        """Return the artefact of this name in an open folder, as `_open` does. digest: compute a missing
+        one."""
+        try:
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:  # another host may replace it just now
+            if (content := self.look_up(directory, id)) is None:
+                raise
+            with content:
+                return content.digested() if digest else content.artefact
+        known = self.metadata.known.get((directory, id, identity(status)))
         if known is not None and (known.sha256 is not None or not digest):
             return known  # the file need not be opened
         if not stat.S_ISREG(status.st_mode):
@@ -1458,21 +1365,17 @@ def accept_any(current: Content | None) -> None:
 
 
 class Repository(Reader):
-    """Artefacts in directories, as plain files under one data directory. A change is durable when its
-    method returns. Knows nothing of HTTP.
-
-    Any number of instances, in any number of processes, may work on one data directory: all state is on
+    """Artefacts in directories, as plain files. A change is durable when its method returns. Knows nothing of
+    HTTP. Any number of instances, in any number of processes, may work on one data directory: all state is on
     disk, and every decision is made under a lock of the file system."""
 
     def __init__(self, data: str | os.PathLike[str] = "data", *, fsync: bool = True,
                  keep_versions: int | Callable[[str], int] = 0,
                  keep_days: Callable[[str], int | None] = lambda _: None, sweep: bool = True) -> None:
-        """Make the data directory if it is missing, and `sweep`: remove what crashes left. If it cannot be
-        written, the log says so, and everything can still be read.
-
-        keep_versions: how many versions before the current one are kept (ALL: every one), or a function
-        of the directory. keep_days: after how many days without a push `expire` deletes an artefact
-        (None: never). fsync: False gives up durability in a power cut."""
+        """Make the data directory if it is missing, and `sweep`. If it cannot be written, log that: it can
+        still be read. keep_versions: how many versions before the current one are kept (ALL: every one), or a
+        function of the directory. keep_days: after how many days without a push `expire` deletes an artefact.
+        fsync: False gives up durability in a power cut."""
         super().__init__(data, fsync=fsync)
         self.keeps = keep_versions if callable(keep_versions) else lambda _: keep_versions
         self.keep_days = keep_days
@@ -1488,11 +1391,8 @@ class Repository(Reader):
             log.warning("%s cannot be written: %s. Artefacts can only be read.", self.root, error.strerror)
 
     def admit(self, directory: str, id: str, size: int, check: Check = accept_any) -> None:
-        """Raise what a push of `size` bytes would raise now, as far as that is known without the
-        bytes: for invalid names, for what is in the way, by `check`, and OutOfSpace."""
-        segments = check_names(directory, id)
-        folder, current = self.open_path(directory, segments)
-        with folder or NOTHING, current or NOTHING:
+        """Raise what a push of `size` bytes would raise now, as far as it is known without the bytes."""
+        with self.find(directory, id) or NOTHING as current:
             check(current)
         self.check_space(size)
 
@@ -1505,58 +1405,49 @@ class Repository(Reader):
 
     def push(self, upload: Upload, directory: str, id: str, *, type: str | None = None, by_name: bool = False,
              check: Check = accept_any, wait: bool = True) -> tuple[Artefact, bool]:
-        """Commit an upload under its name. Return the current artefact and whether it is new. A push
-        of the bytes that are already current, with their type, changes nothing. by_name: the type comes
-        from a name and not from a client.
-
-        `check` gets the current artefact (or None) under the lock; what it raises is passed on.
-        Conflict: a folder is in the way of the artefact, or an artefact in the way of a folder.
-        BlockingIOError: the directory's lock is taken, and `wait` is False (on the event loop)."""
+        """Commit an upload under its name. Return the current artefact and whether it is new. A push of the
+        current bytes, with their type, changes nothing. by_name: the type comes from a name and not from a
+        client. `check` gets the current artefact (or None) under the lock; what it raises is passed on.
+        Conflict: a folder is in the way of the artefact, or the reverse. BlockingIOError: the directory's
+        lock is taken, and not `wait` (on the event loop)."""
         segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
         # 1. The body is in .incoming/, hashed. Set its time and attributes, and fsync. The same bytes need
         # no fsync, and large ones are not compared under the lock.
-        stored_type, by_name = type_of(id, type), by_name or specific_type(type) is None
-        utf8 = by_name and is_utf8(id, stored_type, upload.pieces())
+        chosen = specific_type(type)
+        stored_type = chosen or type_of(id)
+        utf8 = (by_name or chosen is None) and is_utf8(id, stored_type, upload.read_at)
         new = Artefact(directory, id, upload.size, current_time(), stored_type, upload.digest(), utf8)
-        compared = self._compare(upload, new, segments, type) if self.durable else None
-        if compared is None:
-            upload.seal(new)
+        with (self.find(directory, id) if self.durable else None) or NOTHING as current:
+            if current is None or not upload.equals(current, chosen):
+                upload.seal(new)
         try:
             # 2. Take the directory's lock.
-            with (lock := self.files.lock(directory, wait)):
-                existing, current = self.open_path(directory, segments)
-                with existing or NOTHING, current or NOTHING:
-                    # 3. Check the preconditions against the current state.
-                    check(current)
-                    # 4. Make missing folders durable.
-                    with self.files.make_folder(directory, *segments[:-1], existing=existing) as folder:
-                        if current is not None and is_identical(current, upload, new, compared, type) and (
-                            self.keep_days(directory) is None or current.renew()
-                        ):
-                            new = current.artefact
-                            self.files.sync(current.file.fd)  # it was renewed, or put there by hand
-                        else:
-                            new = self._replace(upload, new, current, folder, versions)
-                        # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
-                        lock.close()
-                        self.files.sync(folder)
+            with (lock := self.files.lock(directory, wait)), self.find(directory, id) or NOTHING as current:
+                # 3. Check the preconditions against the current state.
+                check(current)
+                # 4. Make missing folders durable.
+                with self.files.make_folder(directory, *segments[:-1]) as folder:
+                    if current is not None and upload.equals(current, chosen) and (
+                        self.keep_days(directory) is None or current.renew()
+                    ):
+                        new = current.artefact
+                        self.files.sync(current.file.fd)  # it was renewed, or put there by hand
+                    else:
+                        new = self._replace(upload, new, current, folder)
+                    # 5. Release the lock, so that fsyncs of many pushes overlap, and fsync the folder.
+                    lock.close()
+                    self.files.sync(folder)
             return new, current is None
         except OSError as error:
             explain_refusal(directory, error)
             raise
 
-    def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int,
-                 versions: Versions) -> Artefact:
-        """Keep the current file as a version (step 4) and rename the upload over it (step 5). Return the
-        new artefact, whose version is later than all others."""
-        keep, name = self.keeps(new.directory), new.id.rpartition("/")[2]
-        earlier = [] if keep == ALL or not versions.may_exist(folder) else versions.names()
-        newest = max(
-            current.artefact.time if current is not None else -1,
-            version_time(earlier[-1]) if earlier else -1,
-            versions.newest_time() if earlier or keep == ALL else -1,
-        )
+    def _replace(self, upload: Upload, new: Artefact, current: Content | None, folder: int) -> Artefact:
+        """Keep the current file as a version, and rename the upload over it. Return the new artefact."""
+        versions, keep = Versions(self.files, new.directory, new.id), self.keeps(new.directory)
+        earlier, newest = versions.read(keep < ALL) if versions.may_exist(folder) else ([], -1)
+        if current is not None:
+            newest = max(newest, current.artefact.time)
         if new.time <= newest or not upload.sealed:
             new = replace(new, time=min(max(newest + 1, current_time()), LAST_TIME))
             upload.seal(new)
@@ -1566,32 +1457,28 @@ class Repository(Reader):
             upload.seal(new)
         if inherit_access(upload.fd, folder):
             upload.sync()
+        name = new.id.rpartition("/")[2]
+        if current is not None:
+            current.close()  # an NFS client renames an open file away before it replaces it
         try:
             status = upload.move(folder, name)
-        except IsADirectoryError:  # below it are only empty folders, or `open_path` would have raised
-            self.files.remove_empty(folder, name)
+        except IsADirectoryError:  # below it are only empty folders, or `find` would have raised
+            for path, *_ in os.fwalk(name, topdown=False, dir_fd=folder):
+                os.rmdir(path, dir_fd=folder)
             status = upload.move(folder, name)
-        self.metadata.known.keep(identity(status), new)
+        self._touch(new.directory, new.id)
+        self.metadata.known.keep((new.directory, new.id, identity(status)), new)
         if current is not None:
-            self.metadata.known.pop(identity(current.status), None)
+            self.metadata.known.pop((new.directory, new.id, identity(current.status)), None)
         if earlier:
             self.files.sync(folder)  # else a power cut could undo the rename, but not the pruning
             versions.prune(earlier, kept, keep)
         return new
 
-    def _compare(self, upload: Upload, new: Artefact, segments: Sequence[str],
-                 type: str | None) -> tuple[int, ...] | None:
-        """Return the identity of the current file if it has the upload's bytes, else None."""
-        folder, current = self.open_path(new.directory, segments)
-        with folder or NOTHING, current or NOTHING:
-            if current is not None and is_identical(current, upload, new, None, type):
-                return identity(current.status)
-        return None
-
     def restore(self, directory: str, id: str, version: str, *,
                 check: Check = accept_any) -> tuple[Artefact, bool]:
-        """Push the bytes and the type of an earlier version as a new version, as `push` does.
-        NotFound: there is no such version. Damaged: its bytes are not those that were stored."""
+        """Push a copy of an earlier version, with its type, as `promote` does. NotFound: it does not
+        exist."""
 
         def check_both(current: Content | None) -> None:
             self.fetch(directory, id, version).close()  # NotFound: it was erased meanwhile
@@ -1613,44 +1500,41 @@ class Repository(Reader):
             by_name = artefact.is_utf8 or artefact.sha256 is None
             return self.push(upload, directory, id, type=artefact.type, by_name=by_name, check=check)
 
-    def delete(self, directory: str, id: str, *, check: Check = accept_any) -> None:
-        """Delete an artefact. If versions are kept, it becomes one. NotFound."""
-        segments, keep = check_names(directory, id), self.keeps(directory)
-        versions = Versions(self.files, directory, segments)
-        with self._locked(directory), self.fetch(directory, id) as current:
-            check(current)
-            earlier, kept = versions.names() if keep < ALL else [], None
-            if keep:
-                kept = versions.keep(current, max(current.artefact.time, versions.newest_time()))
-            self._unlink(directory, segments)
-            versions.prune(earlier, kept, keep)
+    def delete(self, directory: str, id: str, *, check: Check = accept_any,
+               versions_too: bool = False) -> None:
+        """Delete an artefact. If versions are kept, it becomes one. NotFound. versions_too: erase it with all
+        its versions, also if it was deleted before."""
+        versions, keep = Versions(self.files, directory, id), 0 if versions_too else self.keeps(directory)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.look_up(directory, id) or NOTHING as current:
+                earlier, newest = versions.read(keep < ALL)
+                if current is None and not (versions_too and earlier):
+                    raise NotFound(f"'{directory}' has no artefact '{id}'.")
+                check(current)
+                kept = None
+                if current is not None:
+                    if keep:
+                        kept = versions.keep(current, max(current.artefact.time, newest))
+                    self._unlink(directory, id)
+                versions.prune(earlier, kept, keep)
 
     def erase(self, directory: str, id: str, version: str, *, check: Check = accept_any) -> None:
         """Erase one earlier version. NotFound. Conflict: it is the current one."""
-        versions = Versions(self.files, directory, check_names(directory, id))
-        with self._locked(directory), self.fetch(directory, id, version) as content:
-            check(content)
-            if version not in versions.names():
-                raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
-            versions.drop([version])
-
-    def erase_all(self, directory: str, id: str, *, check: Check = accept_any) -> None:
-        """Erase an artefact with all its versions. NotFound: there is neither."""
-        segments = check_names(directory, id)
-        versions = Versions(self.files, directory, segments)
-        with self._locked(directory):
-            self.version_names(directory, id)
-            with self.look_up(directory, segments) or NOTHING as current:
-                check(current)
-                if current is not None:
-                    self._unlink(directory, segments)
-            versions.drop(versions.names())
+        versions = Versions(self.files, directory, id)
+        with self.open_directory(directory), self.files.lock(directory):
+            with self.fetch(directory, id, version) as content:
+                check(content)
+                if version not in versions.read()[0]:
+                    raise Conflict(f"'{version}' is the current version. DELETE the artefact itself.")
+                versions.drop([version])
 
     def delete_directory(self, directory: str) -> None:
         """Delete a directory, its artefacts and their versions, in one rename. NotFound."""
         name = self.files.unique_name()
         with self.files.open_folder() as root, self.files.open_own(TRASH) as trash:
-            with self._locked(directory):
+            # Without a directory, no lock file is made. It may be deleted while the lock is awaited.
+            with self.open_directory(directory), self.files.lock(directory):
+                self.open_directory(directory).close()
                 try:
                     os.rename(directory, name, src_dir_fd=root, dst_dir_fd=trash)
                 except OSError as error:
@@ -1660,9 +1544,8 @@ class Repository(Reader):
             self._discard(trash, TRASH, name)
 
     def expire(self, dry_run: bool = False) -> Iterator[Artefact]:
-        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, and
-        yield them. Deleted artefacts that have versions left are among them. An artefact that is pushed
-        meanwhile stays. What cannot be deleted is logged. dry_run: only yield them."""
+        """Delete the artefacts whose last push is older than `keep_days`, with all their versions, also those
+        of deleted artefacts, and yield them. What cannot be deleted is logged. dry_run: only yield them."""
         for directory in self.directories():
             days = self.keep_days(directory)
             if days is None:
@@ -1678,20 +1561,18 @@ class Repository(Reader):
                 report_unreadable(directory, None, "", error)
 
     def _expire(self, directory: str, id: str, limit: int, dry_run: bool) -> bool:
-        """Erase an artefact with all its versions. Return False if it cannot be erased, or if its last
-        push is not before `limit` (µs since the epoch)."""
+        """Erase an artefact whose last push is before `limit` (µs). Return whether it was, and can be
+        erased."""
 
-        def check_age(_: Content | None) -> None:
-            names = self.version_names(directory, id)
-            current = next((name for name, is_current in names if is_current), names[0][0])
-            with self.fetch(directory, id, current) as content:
+        def check_age(current: Content | None) -> None:
+            with current or self.fetch(directory, id, self.version_names(directory, id)[0][0]) as content:
                 if content.last_push() >= limit:
                     raise PreconditionFailed("It was pushed meanwhile.")
 
         try:
-            check_age(None)
+            check_age(self.look_up(directory, id))
             if not dry_run:
-                self.erase_all(directory, id, check=check_age)
+                self.delete(directory, id, check=check_age, versions_too=True)
             return True
         except (NotFound, PreconditionFailed):
             return False
@@ -1707,14 +1588,15 @@ class Repository(Reader):
                     self._discard(folder, own, name)
 
     def _discard(self, folder: int, own: str, name: str) -> None:
-        """Remove a trash folder, or a staging file that no writer locks. If that fails the log says so,
-        and the next sweep tries again."""
+        """Remove a trash folder, or a staging file that no writer locks. Log what the next sweep tries
+        again."""
         try:
-            if own == INCOMING:
-                with contextlib.suppress(IsADirectoryError):  # put there by hand
-                    file = Descriptor(os.open(name, STAGED, dir_fd=folder))  # locked until it is removed
-                    fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.files.remove_tree(folder, name)
+            try:
+                with Descriptor(os.open(name, STAGED, dir_fd=folder)) as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(name, dir_fd=folder)
+            except IsADirectoryError:
+                self.files.remove_tree(folder, name)
         except (FileNotFoundError, BlockingIOError):  # removed by another process; in use
             pass
         except OSError as error:
@@ -1728,7 +1610,7 @@ class Repository(Reader):
         with self.stage() as upload:
             upload.write(b"health")
             self.files.sync(upload.fd)
-            if upload.read() != b"health":
+            if upload.read_at(0, PIECE) != b"health":
                 raise OSError(errno.EIO, "a file has other bytes than were written")
 
     def check_directories(self) -> None:
@@ -1741,30 +1623,20 @@ class Repository(Reader):
             if not self.keeps(directory) and os.path.exists(f"{self.root}/{directory}/{VERSIONS}"):
                 log.warning("'%s' has versions: keep_versions = 0 makes a push erase them", directory)
 
-    def _locked(self, directory: str) -> Descriptor:
-        """Take the lock of a directory. NotFound: it does not exist; then no lock file stays for it."""
-        self.open_directory(directory).close()
-        lock = self.files.lock(directory)
-        self.open_directory(directory).close()  # else it was deleted meanwhile
-        return lock
-
-    def _unlink(self, directory: str, segments: Sequence[str]) -> None:
+    def _unlink(self, directory: str, id: str) -> None:
         """Remove an artefact's name, durably, and the folders that are then empty."""
+        segments = check_names(directory, id)
         with self.files.open_folder(directory, *segments[:-1]) as folder:
             os.unlink(segments[-1], dir_fd=folder)
             self.files.sync(folder)
+        self._touch(directory, id)
         self.files.remove_while_empty(directory, *segments[:-1])
 
-
-def is_identical(current: Content, upload: Upload, new: Artefact, compared: tuple[int, ...] | None,
-                 type: str | None) -> bool:
-    """Return whether the current file has the upload's bytes, and the type if the client chose one.
-    `compared`: the identity of a file that is known to have the bytes."""
-    if current.artefact.size != new.size or current.digested().sha256 != new.sha256:
-        return False
-    if specific_type(type) is not None and HAS_ATTRIBUTES and current.artefact.type != new.type:
-        return False
-    return identity(current.status) == compared or upload.equals(current)
+    def _touch(self, directory: str, id: str) -> None:
+        """Set a directory's own modification time after a change in a folder of it: `changed` reads it."""
+        if "/" in id:
+            with contextlib.suppress(*MISSING, PermissionError):  # moved by hand; it is not ours
+                os.utime(f"{self.root}/{directory}", follow_symlinks=False)
 
 
 # == HTTP semantics: pure functions of header text and validators =================================
@@ -3218,12 +3090,10 @@ class ArtefactResource(Resource):
     def on_delete(self, req: Req, resp: Resp, directory: str, id: str) -> None:
         self.expect_deletion(req, directory)
         check = self.write_check(req, directory)
-        if req.has_param("versions"):
-            self.repository.erase_all(directory, id, check=check)
-        elif req.has_param("version"):
+        if req.has_param("version") and not req.has_param("versions"):
             self.repository.erase(directory, id, req.get_param("version") or "", check=check)
         else:
-            self.repository.delete(directory, id, check=check)
+            self.repository.delete(directory, id, check=check, versions_too=req.has_param("versions"))
         resp.status = falcon.HTTP_204
 
     def _restore(self, req: Req, directory: str, id: str) -> tuple[Artefact, bool]:
@@ -3460,7 +3330,7 @@ def send_content(req: Req, resp: Resp, content: Content, start: int, length: int
     else:
         resp.content_length = length
         if "waitress.client_disconnected" in req.env:  # waitress, or our own connection
-            resp.stream = file = content.detach()
+            resp.stream = file = io.FileIO(content.file.release())
             file.seek(start)
         else:  # some other servers ignore a file's position or Content-Length
             kept, end = Descriptor(content.file.release()), start + length

@@ -9,6 +9,7 @@ import datetime as dt
 import errno
 import fcntl
 import fnmatch
+import gc
 import hashlib
 import http.client
 import io
@@ -810,7 +811,8 @@ def test_symbolic_links_are_not_followed(
         read, lambda: read(T1), listed, lambda: versioned.restore("app", "d/x", T1), read,
         lambda: push(versioned, "d/x", b"2"), lambda: push(versioned, "d/x", b"3"),
         lambda: versioned.erase("app", "d/x", T1), lambda: versioned.delete("app", "d/x"),
-        lambda: versioned.erase_all("app", "d/x"), lambda: versioned.delete_directory("app"),
+        lambda: versioned.delete("app", "d/x", versions_too=True),
+        lambda: versioned.delete_directory("app"),
         versioned.sweep, lambda: a.Repository(data),
     ]  # fmt: skip
     for operation in operations:
@@ -989,19 +991,22 @@ def test_folder_that_another_process_made_again_is_fsynced(data: Path, events: E
         in_order(events, ("fsync", data / "app"), ("rename", "x"), ("fsync", data / "app/d"))
 
 
-def test_removed_folder_is_not_kept_open(data: Path) -> None:
-    """An open folder without a name would keep the file system from a remount as read-only."""
+def test_no_folder_is_kept_open(data: Path) -> None:
+    """An open folder would keep the file system from being unmounted, or mounted again as read-only."""
     repository = a.Repository(data, keep_versions=1)
     removals: list[Callable[[], object]] = [
-        lambda: repository.delete("app", "d/e/x"), lambda: repository.erase_all("app", "d/e/x"),
+        lambda: repository.delete("app", "d/e/x"),
+        lambda: repository.delete("app", "d/e/x", versions_too=True),
         lambda: repository.delete_directory("app"),
     ]  # fmt: skip
     for remove in removals:
         for content in b"1", b"2":
             push(repository, "d/e/x", content)
         remove()
-        for folder in repository.files.durable_folders.values():
-            assert Path(os.readlink(f"/proc/self/fd/{folder.fd}")).is_dir()
+        gc.collect()
+        with os.scandir("/proc/self/fd") as entries:
+            opened = [os.readlink(entry.path) for entry in entries if os.path.lexists(entry.path)]
+        assert [name for name in opened if name.startswith(str(data))] == []
 
 
 @pytest.mark.parametrize("mode", [0o2775, 0o775])
@@ -1180,6 +1185,33 @@ def test_large_folders_are_listed_as_small_ones(
             assert found == sorted(id for id in ids if id.startswith(prefix) and id > after)
 
 
+def test_name_that_is_missing_while_it_is_replaced_is_found(data: Path, repository: a.Repository) -> None:
+    """Rename the file away before it is replaced, as an NFS client does that has it open."""
+    file, away, new = data / "app/x", data / "app/.nfs1", data / ".incoming/new"
+    push(repository, "x", b"there")
+    repository.files.pauses = (0.1,) * 20
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.wait(0.04):
+            new.write_bytes(b"there")
+            file.rename(away)
+            time.sleep(0.003)
+            new.rename(file)
+            away.unlink()
+
+    with ThreadPoolExecutor(1) as other_host:
+        replaced = other_host.submit(replace)
+        try:
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                assert fetched(repository, "x") == b"there"
+                assert [found.id for found in repository.artefacts("app")] == ["x"]
+        finally:
+            stop.set()
+        replaced.result(10)
+
+
 @pytest.mark.parametrize(
     ("call", "stale", "expected"),
     [
@@ -1286,7 +1318,6 @@ def test_caches_are_bounded(data: Path, monkeypatch: pytest.MonkeyPatch) -> None
         push(repository, "x", b"%d" % number)
     assert len(repository.metadata.known) == 1  # replaced artefacts are not cached
     monkeypatch.setattr(a, "KNOWN", 4)
-    monkeypatch.setattr(a, "OPEN_FOLDERS", 4)
     repository = a.Repository(data)
     time.sleep(2 * a.TICK / 1e9)
     for number in range(9):
@@ -1581,7 +1612,7 @@ def test_folder_named_like_a_version_is_not_a_version(data: Path) -> None:
         push(repository, "x", content)
     assert sorted(tree(data).values()) == [b"2", b"4", b"5"]
     assert len(repository.versions("app", "x")) == 2
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     assert [*tree(data).values()] == [b"2"] and len(repository.versions("app", below)) == 1
 
 
@@ -1684,7 +1715,7 @@ def test_names_of_10000_versions_are_read_without_opening_one(
     assert repository.version_names("app", "x") == [(T3, True)] + [(name, False) for name in reversed(names)]
     assert repository.version_at("app", "x", start + 5000) == names[5000]
     assert not set(opened) & set(names) and len(opened) < 20
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     assert not set(opened) & set(names) and len(opened) < 60
     assert tree(data) == {"app/": b""}
 
@@ -1786,14 +1817,15 @@ def test_delete_restore_erase(data: Path, versioned: a.Repository) -> None:
         versioned.erase("app", "d/x", two.version)
 
     push(versioned, "d/x", b"three")
-    versioned.erase_all("app", "d/x")
+    versioned.delete("app", "d/x", versions_too=True)
     assert tree(data) == {"app/": b""}
-    for missing in versioned.erase_all, versioned.versions:
-        with pytest.raises(a.NotFound):
-            missing("app", "d/x")
+    with pytest.raises(a.NotFound):
+        versioned.delete("app", "d/x", versions_too=True)
+    with pytest.raises(a.NotFound):
+        versioned.versions("app", "d/x")
 
 
-def test_erase_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a.Repository) -> None:
+def test_erasing_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a.Repository) -> None:
     def refuse(current: a.Content | None) -> None:
         assert current is None
         raise a.PreconditionFailed("")
@@ -1802,7 +1834,7 @@ def test_erase_all_of_a_deleted_artefact_runs_the_check(data: Path, versioned: a
     versioned.delete("app", "x")
     before = tree(data)
     with pytest.raises(a.PreconditionFailed):
-        versioned.erase_all("app", "x", check=refuse)
+        versioned.delete("app", "x", check=refuse, versions_too=True)
     assert tree(data) == before and list(before.values()) == [b"one"]
 
 
@@ -1959,7 +1991,7 @@ def test_deleted_artefacts_are_found_with_their_newest_version(data: Path, versi
     assert {artefact.id: artefact.version for artefact in versioned.deleted("app")} == newest
     assert [artefact.id for artefact in versioned.deleted("app", prefix="d/", after="d/x")] == ["d/y"]
     versioned.restore("app", "z", newest["z"])
-    versioned.erase_all("app", "d/y")
+    versioned.delete("app", "d/y", versions_too=True)
     assert [(artefact.id, artefact.size) for artefact in versioned.deleted("app")] == [("d/x", 1)]
     with pytest.raises(a.NotFound):
         [*versioned.deleted("other")]
@@ -2370,7 +2402,7 @@ def test_fsync_can_be_disabled(data: Path, events: Events) -> None:
     repository.restore("app", "x", one.version)
     repository.erase("app", "x", one.version)
     repository.delete("app", "x")
-    repository.erase_all("app", "x")
+    repository.delete("app", "x", versions_too=True)
     repository.delete_directory("app")
     assert events and "fsync" not in {call for call, _ in events}
 
@@ -3673,6 +3705,24 @@ def test_only_clients_such_as_pip_get_digests_in_links(served: Program) -> None:
             assert re.findall(r'rowheader"><a href="([^"]*)"', page) == [f"a%201.whl{fragment}"]
         versions = served.get("/artefacts/wheels/a%201.whl?versions&format=html", f"Accept: {accept}")
         assert b"#sha256=" not in versions.body
+
+
+def test_page_shows_the_time_of_a_change_in_a_folder(program: Program) -> None:
+    def changed() -> str:
+        page = program.get("/artefacts/?format=html").body.decode()
+        found = re.search('href="/artefacts/folders/".*?datetime="([^"]+)"', page)
+        assert found is not None
+        return found[1]
+
+    shown = []
+    for request in (
+        put("/artefacts/folders/x/a", b"1"), put("/artefacts/folders/x/b", b"2"),
+        head("DELETE", "/artefacts/folders/x/b"),
+    ):  # fmt: skip
+        assert program.ask(request).status in (201, 204)
+        shown.append(changed())
+        time.sleep(2 * a.TICK / 1e9)
+    assert shown == sorted({*shown})
 
 
 # == Access =======================================================================================
@@ -4994,7 +5044,7 @@ def stalled(self, until, original=artefacts.Upload._hash):
     while not os.path.exists(GO):
         time.sleep(0.01)
     original(self, until)
-artefacts.Upload._hash, artefacts.HASH_INLINE = stalled, 0
+artefacts.Upload._hash = stalled
 """
 
 

@@ -176,7 +176,6 @@ def test_project_quota(mounted: Mount) -> None:
     subprocess.run(["chattr", "-p", "0", data / "app"], check=True)
     with repository.stage() as upload:
         repository.push(upload, "app", "x")
-    repository.files.durable_folders.clear()
 
 
 def test_overlay(tmp_path: Path) -> None:
@@ -224,7 +223,6 @@ def test_names_that_the_file_system_does_not_accept(mounted: Mount) -> None:
         with repository.stage() as upload, pytest.raises(a.CannotStore, match="does not accept this name"):
             repository.push(upload, directory, id)
     assert os.listdir(data / ".incoming") == []
-    repository.files.durable_folders.clear()
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
@@ -256,4 +254,3 @@ def test_default_acl_and_group_are_inherited(mounted: Mount, kind: str, acl: str
     assert access(app / "d/x") == access(version) == access(app / "folder/file")
     assert access(app / "d") == access(app / ".versions/d/x") == access(app / "folder")
     assert {path.stat().st_gid for path in app.rglob("*")} == {4321}
-    repository.files.durable_folders.clear()
