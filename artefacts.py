@@ -3026,9 +3026,9 @@ class ArtefactResource(Resource):
         self.list_artefacts(req, resp, directory, f"{id}/")
 
     def _policy(self, req: Req, artefact: Artefact) -> str:
-        """Return the Content-Security-Policy of an artefact with `pages`. The scripts of HTML may run: without
-        an origin (sandbox), or under the second host name. Redirect a browser there that opens HTML. Players
-        of audio and video need the origin, and run no script."""
+        """Return the Content-Security-Policy of an artefact with `pages`. HTML may run scripts: without an
+        origin (sandbox), or under the second host name. Redirect a browser there that opens HTML. Players of
+        audio and video need the origin, and run no script."""
         if self.settings.is_pages_host(req):
             return ""
         if not artefact.type.startswith("text/html"):
