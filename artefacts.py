@@ -490,7 +490,7 @@ class Files:
         Another process mostly holds it for 0.1 ms: a few attempts cost less than a worker thread."""
         with self.open_own(LOCKS) as locks:
             lock = Descriptor(os.open(name, LOCK, 0o666, dir_fd=locks))
-        for attempt in range(0 if wait else LOCK_ATTEMPTS):
+        for _ in range(0 if wait else LOCK_ATTEMPTS):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
