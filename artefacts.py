@@ -41,7 +41,7 @@ The parts, each using only the parts above it:
     Errors           become responses, by one table.
     Resources        parse a request, call the repository, render the response.
     The application  puts these together: `create_app`.
-    Connections      serve it over HTTP/1.1 on waitress's loop, threads and parser.
+    Connections      serve it over HTTP/1.1 on waitress's event loop and threads.
     The program      reads options, and runs until it is stopped: `main`.
 """
 
@@ -1349,17 +1349,17 @@ class Reader:
         one."""
         try:
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            known = self.metadata.known.get((directory, id, identity(status)))
+            if known is not None and (known.sha256 is not None or not digest):
+                return known  # the file need not be opened
+            if not stat.S_ISREG(status.st_mode):
+                raise in_the_way(id)
+            content = self._open(folder, name, directory, id)
         except FileNotFoundError:  # another host may replace it just now
-            if (content := self.look_up(directory, id)) is None:
+            if (found := self.look_up(directory, id)) is None:
                 raise
-            with content:
-                return content.digested() if digest else content.artefact
-        known = self.metadata.known.get((directory, id, identity(status)))
-        if known is not None and (known.sha256 is not None or not digest):
-            return known  # the file need not be opened
-        if not stat.S_ISREG(status.st_mode):
-            raise in_the_way(id)
-        with self._open(folder, name, directory, id) as content:
+            content = found
+        with content:
             return content.digested() if digest else content.artefact
 
 
@@ -1523,6 +1523,7 @@ class Repository(Reader):
                 if current is not None:
                     if keep:
                         kept = versions.keep(current, max(current.artefact.time, newest))
+                    current.close()  # see `_replace`
                     self._unlink(directory, id)
                 versions.prune(earlier, kept, keep)
 
@@ -3319,6 +3320,8 @@ def zip_archive(repository: Repository, artefacts: Iterable[Artefact], folder: s
                 info.compress_type = zipfile.ZIP_DEFLATED
                 setattr(info, ZIP_LEVEL, 0)
                 info.external_attr = (stat.S_IFREG | 0o644) << 16
+                if size > MAX_ZIP32:
+                    info.extract_version = zipfile.ZIP64_VERSION  # Python 3.11.2 does not set it
                 if 0 <= seconds < 1 << 31:  # the time in UTC, to the second (Info-ZIP's extended timestamp)
                     info.extra = struct.pack("<HHBl", 0x5455, 5, 1, seconds)
                 with archive.open(info, "w", force_zip64=size > MAX_ZIP32) as file:
