@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import codecs
 import contextlib
 import copy
@@ -601,9 +602,13 @@ def in_order(texts: Iterable[str], prefix: str = "", after: str = "") -> Iterato
     begin, low = (id[: id.find("/") + 1] or id for id in (prefix, after))  # their first segments
 
     def select(text: str) -> Iterator[str]:
+        names = text.split("\0")
+        text = "\0".join(names[bisect.bisect_left(names, max(begin, low)) :])
+        names.clear()
         for match in re.finditer("[^\0]+", text):
-            if (name := match[0]) >= low and name.startswith(begin):
-                yield name
+            if not match[0].startswith(begin):
+                break
+            yield match[0]
 
     for name, _ in itertools.groupby(heapq.merge(*map(select, texts))):
         yield name
