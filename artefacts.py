@@ -4268,12 +4268,14 @@ def supervise(groups: Sequence[Sequence[socket.socket]], serve: Callable[[int], 
 
 def fork(serve: Callable[[int], None], number: int) -> int:
     """Return a new process that calls `serve` with a number, and ends with its parent."""
+    parent = os.getpid()
     if process := os.fork():
         return process
     try:
         with contextlib.suppress(AttributeError):  # not on macOS
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        serve(number)
+        if os.getppid() == parent:  # else it died before this process asked for the signal
+            serve(number)
         os._exit(0)
     except BaseException as error:
         log.error("the process broke off: %s", error, exc_info=error)
