@@ -1160,7 +1160,7 @@ class Reader:
                   unreadable: list[str] | None = None) -> Generator[Artefact, None, None]:
         """Yield the artefacts of a directory by id: those whose id begins with `prefix`, sorts after `after`
         and `matches`. NotFound. digests: compute the missing ones. What cannot be read is logged, and its id
-        added to `unreadable`, a folder's with a slash. Who does not read to the end closes the generator."""
+        added to `unreadable`, a folder's with a slash. Close the generator if it is not read to its end."""
         on_error = functools.partial(report_unreadable, directory, unreadable)
         with self.open_directory(directory) as folder:
             for id, inside, name in self.files.walk(folder, "", prefix, after, on_error=on_error):
@@ -1304,8 +1304,8 @@ class Reader:
 
     @retry_on_estale
     def find(self, directory: str, id: str, version: str | None = None) -> Content | None:
-        """Open the current artefact, or an earlier version (NotFound: the text is none). The caller closes
-        it. Return None if there is none. Conflict: something else has the name."""
+        """Open the current artefact, or an earlier version. The caller closes it. Return None if it does not
+        exist. NotFound: `version` is not the name of a version. Conflict: something else has the name."""
         path, time = check_names(directory, id), None
         if version is not None:
             path, time = (VERSIONS, *path, version), version_time(version)
