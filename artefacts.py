@@ -2631,8 +2631,9 @@ def versions_page(view: PageView, id: str, versions: Iterable[tuple[Artefact, bo
 
 
 def error_page(view: PageView, title: str, detail: str, back: str) -> str:
-    """Return the page of a failed navigation. `back` is a URL."""
-    return f'{page_start(view, title)}<p>{escape(detail)}</p><p><a href="{back}">Back</a></p></main>'
+    """Return the page of a failed navigation. `back` is a URL. A browser signs in when it loads it again."""
+    again = '<p><a href="">Sign in</a></p>' if title.startswith("401") else ""
+    return f'{page_start(view, title)}<p>{escape(detail)}</p>{again}<p><a href="{back}">Back</a></p></main>'
 
 
 # == Errors as responses ==========================================================================
@@ -2708,8 +2709,8 @@ def handle_error(req: Req, resp: Resp, error: Exception, params: object) -> None
     if is_navigation(req.env):
         base, up = quote(req.root_path), quote(req.path.rstrip("/").rpartition("/")[0])
         back = f"{base}{up}/" if re.match("/artefacts?(/|$)", up) else f"{base}/artefacts/"
-        view = PageView(base=base, may_sign_in=problem["status"] == 401)
-        render_page(resp, [error_page(view, str(resp.status), problem["detail"], back)])
+        page = error_page(PageView(base=base), str(resp.status), problem["detail"], back)
+        render_page(resp, [page])
 
 
 # == Resources ====================================================================================
@@ -4022,19 +4023,20 @@ class Server(waitress.server.TcpWSGIServer):
             hops = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
             environ["REMOTE_ADDR"] = client_address(environ["REMOTE_ADDR"], hops, self.proxies)
 
+    def oldest_idle(self) -> Connection | None:
+        """Return the oldest connection without a complete header."""
+        return next((connection for connection in self.connections if connection.request is None), None)
+
     def close_overdue(self) -> None:
-        """Close connections on which nothing arrives in time, and at the limit of connections the oldest one
-        without a complete header. If there is none, accept no more."""
-        if is_full := len(self.connections) >= self.limit:
-            idle = (connection for connection in self.connections if connection.request is None)
-            if (oldest := next(idle, None)) is not None:
-                oldest.close()
-            is_full = len(self.connections) >= self.limit
-        if self.is_full != is_full:
-            for listener in self.listeners:
-                before, event = (READABLE, RESULT) if is_full else (RESULT, READABLE)
-                self.watch(listener.socket, before, event, listener.handle_accept)
-            self.is_full = is_full
+        """Close connections on which nothing arrives in time, and beyond the limit of connections the oldest
+        one without a complete header. At the limit, accept no more if there is none."""
+        if len(self.connections) > self.limit and (oldest := self.oldest_idle()) is not None:
+            oldest.close()
+        is_full = len(self.connections) >= self.limit and self.oldest_idle() is None
+        for listener in self.listeners if is_full != self.is_full else ():
+            before, event = (READABLE, RESULT) if is_full else (RESULT, READABLE)
+            self.watch(listener.socket, before, event, listener.handle_accept)
+        self.is_full = is_full
         now = time.monotonic()
         if now < self.next_cleanup:
             return
@@ -4103,9 +4105,10 @@ def run(server: Server, grace: float, reload: Callable[[], object], url: str = "
         if hung_up:
             hung_up.clear()
             reload()
-    server.limit = 0
-    server.close_overdue()  # accepts no more
-    for listener in server.listeners:
+    while server.listeners:
+        listener = server.listeners.pop()
+        if not server.is_full:
+            server.selector.unregister(listener.socket)
         waitress.wasyncore.dispatcher.close(listener)
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and server.connections:

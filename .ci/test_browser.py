@@ -1325,9 +1325,11 @@ def test_a_missing_token_shows_a_page(apart: Browser, tmp_path: Path) -> None:
                 page = answer.read().decode()
             with elsewhere(page, "text/html; charset=utf-8") as (url, _):
                 apart.open(url)
-                assert apart.texts("h1 bdi") == ["401 Unauthorized"] and apart.texts("button") == ["Sign in"]
-                assert apart.texts("main p")[0] == program.detail("GET", path)
-                assert apart.find("main a").get_dom_attribute("href") == "/artefacts/"
+                assert apart.texts("h1 bdi") == ["401 Unauthorized"]
+                assert apart.texts("main p") == [program.detail("GET", path), "Sign in", "Back"]
+                sign_in, back = apart.driver.find_elements(By.CSS_SELECTOR, "main a")
+                assert back.get_dom_attribute("href") == "/artefacts/"
+                assert sign_in.get_property("href") == apart.driver.current_url
 
 
 def test_a_refused_right_shows_a_page(apart: Browser, tmp_path: Path) -> None:
