@@ -5154,6 +5154,15 @@ def test_connection_waits_while_all_others_have_requests(tmp_path: Path) -> None
         assert late.answer().status == 200
 
 
+def test_lookups_on_a_shared_file_system_do_not_delay_others(tmp_path: Path) -> None:
+    code = patched("artefacts.pauses_of = lambda path: [1]")
+    with Program(tmp_path / "data", code=code) as program, program.connect() as missing:
+        missing.send(head("GET", "/artefacts/app/missing"))
+        assert program.get("/").status == 303
+        assert select.select([missing.socket], [], [], 0)[0] == []
+        assert missing.answer().status == 404
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data directory with 10,000 artefacts, all hard links of a few files."""
