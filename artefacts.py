@@ -3688,7 +3688,7 @@ class Connection:
     def wait_for(self, event: int) -> None:
         """Have the event loop call `resume` when the socket is READABLE or WRITABLE, or there is a RESULT."""
         if event != self.waits_for:
-            self.server.watch(self.socket, self.waits_for, event, self.resume)
+            self.server.watch(self.socket, event, self.resume)
             self.waits_for = event
 
     def close(self) -> None:
@@ -3983,7 +3983,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.connections: dict[Connection, None] = {}  # the oldest first
         self.finished: collections.deque[Connection] = collections.deque()  # whose workers have left a result
         self.selector = selectors.DefaultSelector()
-        self.watch(self.trigger.socket, RESULT, READABLE, self.trigger.handle_read)
+        self.watch(self.trigger.socket, READABLE, self.trigger.handle_read)
         self.listeners = [self]
         for sock in sockets[1:]:
             listener = copy.copy(self)
@@ -3992,15 +3992,12 @@ class Server(waitress.server.TcpWSGIServer):
         self.limit, self.is_full = connection_limit(), True  # `close_overdue` begins to accept
         self.close_overdue()
 
-    def watch(self, sock: Any, before: int, event: int, call: Callable[[], None]) -> None:
-        """Have `turn` make a call when a socket is READABLE or WRITABLE; RESULT: no longer. before: the last
-        event that was given for this socket."""
-        if before == RESULT:
-            self.selector.register(sock, event, call)
-        elif event == RESULT:
+    def watch(self, sock: Any, event: int, call: Callable[[], None]) -> None:
+        """Have `turn` make a call when a socket is READABLE or WRITABLE; RESULT: no longer."""
+        if sock in self.selector.get_map():
             self.selector.unregister(sock)
-        else:
-            self.selector.modify(sock, event, call)
+        if event != RESULT:
+            self.selector.register(sock, event, call)
 
     def handle_accept(self) -> None:
         try:
@@ -4036,8 +4033,7 @@ class Server(waitress.server.TcpWSGIServer):
             oldest.close()
         is_full = len(self.connections) >= self.limit and self.oldest_idle() is None
         for listener in self.listeners if is_full != self.is_full else ():
-            before, event = (READABLE, RESULT) if is_full else (RESULT, READABLE)
-            self.watch(listener.socket, before, event, listener.handle_accept)
+            self.watch(listener.socket, RESULT if is_full else READABLE, listener.handle_accept)
         self.is_full = is_full
         now = time.monotonic()
         if now < self.next_cleanup:
@@ -4109,8 +4105,7 @@ def run(server: Server, grace: float, reload: Callable[[], object], url: str = "
             reload()
     while server.listeners:
         listener = server.listeners.pop()
-        if not server.is_full:
-            server.selector.unregister(listener.socket)
+        server.watch(listener.socket, RESULT, listener.handle_accept)
         waitress.wasyncore.dispatcher.close(listener)
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and server.connections:
