@@ -3956,7 +3956,7 @@ def field_line(name: str, value: str) -> str:
 
 
 class Server(waitress.server.TcpWSGIServer):
-    """Accepts connections, and holds what they share."""
+    """Accepts connections, runs their event loop, and holds what they share."""
 
     channel_class = Connection
 
@@ -4000,9 +4000,10 @@ class Server(waitress.server.TcpWSGIServer):
             self.selector.register(sock, event, call)
 
     def handle_accept(self) -> None:
+        """Accept a connection. Log what prevents that, such as a limit on the sockets to watch."""
         try:
             super().handle_accept()
-        except (OSError, MemoryError) as error:  # too many sockets to watch
+        except (OSError, MemoryError) as error:
             log.error("a connection cannot be accepted: %s", error)
 
     def turn(self, timeout: float) -> None:
@@ -4029,7 +4030,7 @@ class Server(waitress.server.TcpWSGIServer):
     def close_overdue(self) -> None:
         """Close connections on which nothing arrives in time, and beyond the limit of connections the oldest
         one without a complete header. At the limit, accept no more if there is none."""
-        if len(self.connections) > self.limit and (oldest := self.oldest_idle()) is not None:
+        while len(self.connections) > self.limit and (oldest := self.oldest_idle()) is not None:
             oldest.close()
         is_full = len(self.connections) >= self.limit and self.oldest_idle() is None
         for listener in self.listeners if is_full != self.is_full else ():
