@@ -2631,7 +2631,8 @@ def versions_page(view: PageView, id: str, versions: Iterable[tuple[Artefact, bo
 
 
 def error_page(view: PageView, title: str, detail: str, back: str) -> str:
-    """Return the page of a failed navigation. `back` is a URL. A browser signs in when it loads it again."""
+    """Return the page of a failed navigation. `back` is a URL. After a 401, a browser asks for the token when
+    it loads the page again."""
     again = '<p><a href="">Sign in</a></p>' if title.startswith("401") else ""
     return f'{page_start(view, title)}<p>{escape(detail)}</p>{again}<p><a href="{back}">Back</a></p></main>'
 
@@ -3993,7 +3994,7 @@ class Server(waitress.server.TcpWSGIServer):
         self.close_overdue()
 
     def watch(self, sock: Any, event: int, call: Callable[[], None]) -> None:
-        """Have `turn` make a call when a socket is READABLE or WRITABLE; RESULT: no longer."""
+        """Have `turn` make a call whenever a socket is READABLE or WRITABLE. RESULT: stop watching it."""
         if sock in self.selector.get_map():
             self.selector.unregister(sock)
         if event != RESULT:
